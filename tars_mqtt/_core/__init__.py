@@ -1,0 +1,1 @@
+"""The engine behind both clients; nothing in here is public."""

@@ -1,0 +1,362 @@
+"""The engine behind both clients: the parts, wired; starting and stopping in the right order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from tars_mqtt._core.dispatch import Consumer, Dispatcher, Handling, in_work
+from tars_mqtt._core.inbound import Inbound
+from tars_mqtt._core.lane import Fifo, Keyed
+from tars_mqtt._core.outbound import Outbound, Outgoing
+from tars_mqtt._core.registry import Registration, Registry
+from tars_mqtt._core.session import Session
+from tars_mqtt._core.state import ConnectionState, StateCell
+from tars_mqtt._core.stats import Counters, Stats
+from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.dedup import MessageDeduplicator
+from tars_mqtt.envelope import encode_event
+from tars_mqtt.errors import (
+    ClosedError,
+    ConnectError,
+    NotConnectedError,
+    SubscribeError,
+    TarsMQTTError,
+)
+from tars_mqtt.health import Health
+from tars_mqtt.message import Message, PublishReceipt
+from tars_mqtt.topics import check_filter, topic_bytes
+
+logger = logging.getLogger("tars_mqtt.session")
+
+OrderBy = str | Callable[[Message], Hashable] | None
+
+_GOODBYE_SHARE = 0.1
+"""Of the time for a shutdown: kept for the goodbye, whatever came before took."""
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """All that a client does, without saying how its caller waits.
+
+    Methods that end in a future or a receipt return at once; `connect`, `disconnect` and
+    `shutdown` block. Any thread.
+    """
+
+    def __init__(
+        self,
+        config: MQTTClientConfig,
+        make_dispatcher: Callable[[MQTTClientConfig, Counters, Callable[[], None]], Dispatcher],
+    ) -> None:
+        self.config = config
+        self.state = StateCell()
+        self.counters = Counters()
+        self._registry = Registry()
+        self.deduplicator = (
+            MessageDeduplicator(config.dedupe_ttl, config.dedupe_max_entries) if config.dedupe_ttl > 0 else None
+        )
+        self.dispatcher = make_dispatcher(config, self.counters, self._wake)
+        self._outbound = Outbound(
+            config.max_inflight, config.max_queued, config.max_queued_bytes, self.counters, self._wake
+        )
+        self._outbound.refuse(_not_started())
+        self.health = Health(config, self._send_health)
+        self._session = Session(
+            config, self.state, self._registry, self._outbound, self.counters, self.health
+        )
+        self._session.inbound = Inbound(
+            self._registry, self.dispatcher, self.counters, self._session.offer_to_paho
+        )
+        self._source = config.source_name
+        self._correlation = config.correlation
+        self._forked = False
+        # Guarded by _lock:
+        self._lock = threading.Lock()
+        self._first: Future[None] | None = None
+        self._shutting_down = threading.Lock()
+        _engines.add(self)
+
+    def _wake(self) -> None:
+        self._session.wake()
+
+    @property
+    def client(self) -> Any:
+        """paho's client."""
+        return self._session.transport.client
+
+    # -- life -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse to work in a forked child, which has neither the threads nor the connection."""
+        if self._forked:
+            raise ClosedError(
+                "this client belongs to the parent of this forked process: make a new one after os.fork()"
+            )
+
+    def connect(self, timeout: float | None) -> None:
+        """Start if needed and wait until the connection is up and the subscriptions acknowledged."""
+        self.check()
+        with self._lock:
+            if not self._session.running:
+                self.state.set(ConnectionState.CONNECTING)
+                self.dispatcher.start()
+                self._outbound.open()
+                self._session.inbound.open()
+                self._first = self._session.start()
+            first = self._first
+        assert first is not None
+        try:
+            first.result(timeout)
+        except FutureTimeoutError:
+            reason = self._session.last_error
+            self.stop_network(0.0)
+            raise ConnectError(
+                f"no connection to {self.config.urls[0]} within {timeout:g} s"
+                + (f": {reason}" if reason else "")
+            ) from None
+        except SubscribeError as error:
+            raise SubscribeError(str(error), error.refused) from error
+        except TarsMQTTError:
+            self.stop_network(0.0)
+            raise
+
+    def stop_network(self, timeout: float) -> bool:
+        """End the network thread; what is queued stays queued. False when it does not end in time."""
+        ended = self._session.leave(timeout)
+        if self.state.value is not ConnectionState.CLOSING:
+            self._outbound.refuse(_not_started())
+            self.state.set(ConnectionState.DISCONNECTED)
+        return ended
+
+    def disconnect(self) -> None:
+        """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""
+        self.check()
+        if not self._session.running:
+            return
+        deadline = time.monotonic() + self.config.shutdown_timeout
+        self._say_goodbye("disconnected", deadline)
+        self.stop_network(max(0.0, deadline - time.monotonic()))
+
+    def _say_goodbye(self, event: str, deadline: float) -> None:
+        if self.state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._outbound.online:
+            receipt = self.health.goodbye(event)
+            if receipt is not None:
+                with contextlib.suppress(TarsMQTTError):
+                    receipt.result(max(0.0, deadline - time.monotonic()))
+
+    def shutdown(self, timeout: float, own: int | None = None) -> None:
+        """Finish the work, flush, say goodbye, join every thread.
+
+        Args:
+            own: See `in_work`; for a caller on another thread or task than the one that asked.
+        """
+        self.check()
+        own = in_work.get() if own is None else own
+        if own and self._shutting_down.locked():
+            return  # whoever shuts down waits for this very handler
+        if not self._shutting_down.acquire(timeout=timeout):
+            return
+        try:
+            if self.state.value is not ConnectionState.CLOSED:
+                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, own)
+        finally:
+            self._shutting_down.release()
+
+    def _shutdown(self, deadline: float, reserve: float, own: int) -> None:
+        def left(kept: float = 0.0) -> float:
+            return max(0.0, deadline - kept - time.monotonic())
+
+        extra = {"client_id": self.config.client_id}
+        self.state.set(ConnectionState.CLOSING)
+        self._session.inbound.close()
+        if not self.dispatcher.wait_idle(left(2 * reserve), own):
+            logger.warning("shutdown: handlers still run; going on without them", extra=extra)
+        self._outbound.refuse(ClosedError("the client was shut down: call connect() to use it again"))
+        if self._session.running:
+            self._outbound.wait_flushed(left(2 * reserve))
+            self._say_goodbye("shutdown", deadline - reserve)
+            if not self._session.leave(left()):
+                logger.warning("shutdown: the network thread is stuck in the operating system", extra=extra)
+        lost = self._outbound.abandon()
+        if lost:
+            logger.warning("shutdown: the broker did not acknowledge %d messages in time", lost, extra=extra)
+        for name in self.dispatcher.stop(left()):
+            logger.warning("shutdown: the handler on thread %s does not return", name, extra=extra)
+        self.state.set(ConnectionState.CLOSED)
+        logger.info("shut down", extra=extra)
+
+    # -- publishing -------------------------------------------------------------------------
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Have *callback* called once, when a refused message is worth another try."""
+        self._outbound.when_room(callback)
+
+    def submit_event(
+        self,
+        topic: str,
+        event_type: str,
+        data: Any,
+        correlation_id: str | None,
+        qos: int,
+        retain: bool,
+        timeout: float | None,
+    ) -> PublishReceipt:
+        """Wrap in an envelope and queue."""
+        raw_topic = topic_bytes(topic)
+        envelope_id, payload = encode_event(event_type, data, self._source, correlation_id, self._correlation)
+        return self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout)
+
+    def submit(
+        self, topic: str, payload: bytes | str, qos: int, retain: bool, timeout: float | None
+    ) -> PublishReceipt:
+        """Queue raw bytes."""
+        if isinstance(payload, str):
+            payload = payload.encode()
+        elif not isinstance(payload, bytes):
+            if not isinstance(payload, (bytearray, memoryview)):
+                raise TypeError(f"the payload must be bytes or str, not {type(payload).__name__}")
+            payload = bytes(payload)  # the caller may change a buffer while it waits here
+        return self._submit(topic, topic_bytes(topic), payload, None, qos, retain, timeout)
+
+    def _submit(
+        self,
+        topic: str,
+        raw_topic: bytes,
+        payload: bytes,
+        envelope_id: str | None,
+        qos: int,
+        retain: bool,
+        timeout: float | None,
+    ) -> PublishReceipt:
+        if self._forked:
+            self.check()
+        if qos == 0:
+            receipt = PublishReceipt.settled(envelope_id, topic, 0)
+        elif qos == 1 or qos == 2:
+            receipt = PublishReceipt(envelope_id, topic, qos)
+        else:
+            raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
+        self._outbound.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout)
+        return receipt
+
+    def _send_health(self, message: Outgoing, ahead: bool, timeout: float) -> None:
+        if ahead:
+            self._outbound.admit_first(message)
+        else:
+            self._outbound.admit(message, timeout)
+
+    # -- subscribing ------------------------------------------------------------------------
+
+    def register(
+        self,
+        topic: str,
+        qos: int,
+        call: Callable[[int], Handling | None],
+        concurrency: int | None = None,
+        order_by: OrderBy = None,
+    ) -> Registration:
+        """Check and enter a subscription; the broker is not asked yet.
+
+        Args:
+            call: Makes, of the subscription's number, what handles a delivery; None for an iterator.
+        """
+        self.check()
+        topic = check_filter(topic)
+        if qos not in (0, 1, 2):
+            raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
+        if order_by is not None and order_by != "topic" and not callable(order_by):
+            raise ValueError(f"order_by must be 'topic' or a function of the message, not {order_by!r}")
+        if concurrency is None:
+            concurrency = 1 if order_by is None else self.config.workers
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be a whole number, at least 1, not {concurrency!r}")
+        number = self._registry.next_number()
+        handle = call(number)
+        consumer = Consumer(
+            lane=Fifo() if order_by is None else Keyed(),
+            limit=0 if handle is None else concurrency,
+            handle=handle,
+        )
+        key_of = _topic_of if order_by == "topic" else order_by
+        registration = Registration(number, topic, qos, consumer, key_of)
+        self.dispatcher.add(consumer)
+        self._registry.add(registration)
+        return registration
+
+    def subscribe(self, registration: Registration) -> Future[None]:
+        """Ask the broker; the future is done at once when there is no connection to ask on."""
+        waiter: Future[None] = Future()
+        entry = self._registry.router.get(registration.topic)
+        if entry is None or not self._session.running:
+            waiter.set_result(None)
+        else:
+            self._session.call(lambda: self._session.subscribe(entry, registration, waiter))
+        return waiter
+
+    def unregister(self, registration: Registration) -> Future[None]:
+        """Remove a subscription; what waits for its handler is given up."""
+        waiter: Future[None] = Future()
+        entry = self._registry.remove(registration)
+        self.dispatcher.remove(registration.consumer)
+        if entry is None or not self._session.running:
+            waiter.set_result(None)
+        else:
+            self._session.call(lambda: self._session.unsubscribe(entry, waiter))
+        return waiter
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """A snapshot of the counters."""
+        session, outbound = self._session, self._outbound
+        held, held_bytes, inflight = outbound.depths
+        bytes_in, bytes_out = session.traffic
+        return Stats(
+            **self.counters.totals(),
+            messages_in=session.inbound.messages,
+            bytes_in=bytes_in,
+            messages_out=outbound.messages,
+            bytes_out=bytes_out,
+            acknowledged=outbound.acknowledgements,
+            handled=self.dispatcher.handled,
+            dropped=self.counters.dropped(),
+            connections=session.connections,
+            reconnects=max(0, session.connections - 1),
+            queued=held,
+            queued_bytes=held_bytes,
+            inflight=inflight,
+            pending=self.dispatcher.pending,
+            last_error=session.last_error,
+            ping_round_trip=session.ping_round_trip,
+        )
+
+    def _after_fork_in_child(self) -> None:
+        # No lock may be touched: another thread of the parent may have held it.
+        self._forked = True
+        self._session.transport.release_descriptors()
+
+
+def _topic_of(message: Message) -> str:
+    return message.topic
+
+
+def _not_started() -> NotConnectedError:
+    return NotConnectedError("the client is not connected: call connect() first")
+
+
+def _after_fork_in_child() -> None:
+    for engine in list(_engines):
+        engine._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

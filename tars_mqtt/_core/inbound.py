@@ -1,0 +1,215 @@
+"""The way in: from PUBLISH packets to deliveries, and their acknowledgements back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.dispatch import Consumer, Dispatcher
+from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.ledger import Ledger
+from tars_mqtt._core.registry import FilterEntry, Registration, Registry
+from tars_mqtt._core.stats import Counters
+from tars_mqtt.message import Message
+
+logger = logging.getLogger("tars_mqtt.dispatch")
+
+_MOST_ROUTES = 4096
+
+
+class Inbound:
+    """What happens to a message between the connection and the dispatcher.
+
+    Owned by the network thread.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        counters: Counters,
+        offer_elsewhere: Callable[[int, bytes], bool],
+    ) -> None:
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._offer_elsewhere = offer_elsewhere
+        self._ledger = Ledger()
+        self._batches: dict[Consumer, list[Delivery]] = {}
+        self._router = registry.router
+        # Topic and properties decide the route of a message that is not retained.
+        self._routes: dict[tuple[str, bytes], tuple[Registration, ...]] = {}
+        self._homeless: list[Delivery] = []
+        self._may_be_homeless = False
+        self._v5 = True
+        self._closing = False
+        self.messages = 0
+
+    @property
+    def unacknowledged(self) -> int:
+        """Messages of QoS 1 and 2 that this connection still waits to see acknowledged."""
+        return len(self._ledger)
+
+    # -- connections ------------------------------------------------------------------------
+
+    def new_connection(self, v5: bool, session_present: bool, first: bool) -> None:
+        """Start over; what is in work stays in work."""
+        self._v5 = v5
+        self._ledger.new_connection(session_present)
+        self._batches.clear()
+        self._homeless.clear()
+        # The session of an earlier process brings messages before this one has subscribed.
+        self._may_be_homeless = first and session_present
+        self._forget_routes()
+        if not session_present:
+            for entry in self._router:
+                entry.identified = False
+
+    def rehouse(self) -> None:
+        """Subscriptions came: they may be what waiting messages wait for."""
+        if self._router is self._registry.router:
+            return
+        self._forget_routes()
+        homeless, self._homeless = self._homeless, []
+        for delivery in homeless:
+            takers = self._route(delivery.message.topic, b"", retain=False)
+            if not takers:
+                self._homeless.append(delivery)
+                continue
+            assert delivery.acknowledgement is not None
+            delivery.acknowledgement.share(len(takers))
+            for registration in takers:
+                self._deliver(registration, Delivery(delivery.message, delivery.acknowledgement))
+
+    def settle_homeless(self) -> None:
+        """Everything is subscribed that will be: who has no handler now gets none."""
+        self._may_be_homeless = False
+        homeless, self._homeless = self._homeless, []
+        for delivery in homeless:
+            self._no_handler(delivery.message)
+            delivery.done()
+
+    def open(self) -> None:
+        """Take messages, again."""
+        self._closing = False
+
+    def close(self) -> None:
+        """Take no more messages; what is in work may still be acknowledged."""
+        self._closing = True
+
+    # -- packets ----------------------------------------------------------------------------
+
+    def publish(self, first: int, body: bytes) -> None:
+        """Enter one PUBLISH.
+
+        Raises:
+            MalformedPacketError: It breaks the standard.
+        """
+        topic, payload, qos, retain, dup, packet_id, properties = wire.decode_publish(first, body, self._v5)
+        self.messages += 1
+        if self._closing:
+            # Unacknowledged: the broker delivers it to the next connection of this session.
+            return
+        message = Message(topic, payload, qos, retain, dup, properties)
+        if qos and self._ledger.known(packet_id, message):
+            return
+        takers = self._takers(topic, properties, retain)
+        if not takers:
+            if not self._offer_elsewhere(first, body):
+                self._without_taker(message, packet_id)
+            return
+        acknowledgement = self._ledger.accept(packet_id, message, len(takers)) if qos else None
+        for registration in takers:
+            self._deliver(registration, Delivery(message, acknowledgement))
+
+    def release(self, packet_id: int) -> bytes | None:
+        """Answer PUBREL; None when the packet id is not ours."""
+        if not self._ledger.complete(packet_id):
+            return None
+        return wire.encode_ack(wire.PUBCOMP, packet_id)
+
+    def hand_over(self) -> None:
+        """Give what was entered to the dispatcher, in one go."""
+        if self._batches:
+            batches, self._batches = self._batches, {}
+            self._dispatcher.submit(batches)
+
+    def acknowledgements(self) -> list[bytes]:
+        """The acknowledgements that are due on this connection."""
+        return self._ledger.release()
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _deliver(self, registration: Registration, delivery: Delivery) -> None:
+        if registration.key_of is not None:
+            try:
+                delivery.key = registration.key_of(delivery.message)
+                hash(delivery.key)
+            except Exception:
+                delivery.key = None
+                logger.exception("order_by failed on a message of %r", delivery.message.topic)
+        batch = self._batches.get(registration.consumer)
+        if batch is None:
+            self._batches[registration.consumer] = [delivery]
+        else:
+            batch.append(delivery)
+
+    def _takers(self, topic: str, properties: bytes, retain: bool) -> tuple[Registration, ...]:
+        self.rehouse()
+        if retain:
+            return self._route(topic, properties, retain=True)
+        key = topic, properties
+        takers = self._routes.get(key)
+        if takers is None:
+            takers = self._route(topic, properties, retain=False)
+            if len(self._routes) >= _MOST_ROUTES:
+                self._routes.clear()
+            if len(topic) + len(properties) < 1024:
+                self._routes[key] = takers
+        return takers
+
+    def _forget_routes(self) -> None:
+        self._router = self._registry.router
+        self._routes.clear()
+
+    def _route(self, topic: str, properties: bytes, retain: bool) -> tuple[Registration, ...]:
+        entries = self._router.match(topic)
+        identifiers = wire.subscription_identifiers(properties) if properties else ()
+        if identifiers and entries:
+            entries = self._identified(entries, identifiers)
+        takers: dict[Registration, None] = {}
+        for entry in entries:
+            takers.update(dict.fromkeys(entry.replay if retain else entry.registrations))
+        return tuple(takers)
+
+    def _identified(
+        self, entries: tuple[FilterEntry, ...], identifiers: tuple[int, ...]
+    ) -> tuple[FilterEntry, ...]:
+        """Of several overlapping filters, those whose copy this is.
+
+        An unknown identifier belongs to a filter of an earlier process in the same session. Its
+        copy is for those who have not had one of their own yet: the broker keeps the order, so
+        whatever was queued before they subscribed has arrived by then.
+        """
+        chosen = tuple(entry for entry in entries if entry.identifier in identifiers)
+        if not chosen:
+            return tuple(entry for entry in entries if not entry.identified)
+        for entry in chosen:
+            if not entry.identified:
+                entry.identified = True
+                self._routes.clear()
+        return chosen
+
+    def _without_taker(self, message: Message, packet_id: int) -> None:
+        if not message.qos:
+            self._no_handler(message)
+        elif self._may_be_homeless:
+            self._homeless.append(Delivery(message, self._ledger.accept(packet_id, message, 1)))
+        else:
+            self._no_handler(message)
+            self._ledger.accept(packet_id, message, 0)
+
+    def _no_handler(self, message: Message) -> None:
+        self._counters.drop("no_handler")
+        logger.debug("nobody handles %r", message.topic, extra={"topic": message.topic, "qos": message.qos})

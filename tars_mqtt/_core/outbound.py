@@ -1,0 +1,386 @@
+"""The way out: from a caller's message to the broker's acknowledgement."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import attrs
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.stats import Counters
+from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID, Connack
+from tars_mqtt.errors import ClosedError, NotConnectedError, PublishRejectedError, QueueFullError
+from tars_mqtt.message import PublishReceipt
+
+logger = logging.getLogger("tars_mqtt.publish")
+
+_FIRST_PACKET_ID = LAST_PAHO_PACKET_ID + 1
+_LAST_PACKET_ID = 65_535
+
+_ENOUGH_UNSENT = 262_144
+"""Bytes handed to the stream at a time; the rest stays here, where it is counted and bounded."""
+
+
+@attrs.define(eq=False)
+class Outgoing:
+    """One message on its way to the broker. The last three: owned by the network thread."""
+
+    topic: bytes
+    payload: bytes
+    qos: int
+    retain: bool
+    receipt: PublishReceipt
+    packet_id: int = 0
+    sent: bool = False
+    received: bool = False
+    """PUBREC came: the broker has it, only the release is still to be said (QoS 2)."""
+
+    @property
+    def size(self) -> int:
+        return len(self.topic) + len(self.payload)
+
+
+class Outbound:
+    """Holds outgoing messages until the broker has them.
+
+    QoS 1 and 2 leave in the order of admission, at most a window of them unacknowledged, also
+    after a reconnect: what was under way then goes to the front of the queue again.
+    """
+
+    def __init__(
+        self,
+        max_inflight: int,
+        max_queued: int,
+        max_queued_bytes: int,
+        counters: Counters,
+        wake: Callable[[], None],
+    ) -> None:
+        self._max_inflight = max_inflight
+        self._max_queued = max_queued
+        self._max_queued_bytes = max_queued_bytes
+        self._counters = counters
+        self._wake = wake
+        # Owned by the network thread:
+        self._inflight: dict[int, Outgoing] = {}
+        self._packet_id = _FIRST_PACKET_ID - 1
+        self._window = 0
+        self._v5 = True
+        self._limits = Connack(code=0, reason="", session_present=False)
+        self._lossy_unsent = 0
+        self.messages = 0
+        self.acknowledgements = 0
+        # Guarded by _lock; the queues are also taken from, at their left end, by the network thread:
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0
+        self._callbacks: deque[Callable[[], None]] = deque()
+        self._firm: deque[Outgoing] = deque()
+        self._lossy: deque[Outgoing] = deque()
+        self._held = 0
+        self._held_bytes = 0
+        self._online = False
+        self._refusal: Exception | None = None
+
+    # -- any thread -------------------------------------------------------------------------
+
+    @property
+    def depths(self) -> tuple[int, int, int]:
+        """Messages held, their bytes, and how many of them are unacknowledged on the wire."""
+        return self._held, self._held_bytes, len(self._inflight)
+
+    @property
+    def online(self) -> bool:
+        """Whether there is a connection to send on."""
+        return self._online
+
+    def admit_first(self, message: Outgoing) -> None:
+        """Take a message ahead of all others and beyond the bounds. Does not block."""
+        with self._room:
+            self._firm.appendleft(message)
+            self._held += 1
+            self._held_bytes += message.size
+        self._wake()
+
+    def admit(self, message: Outgoing, timeout: float | None) -> None:
+        """Take a message, or refuse it before anything is sent.
+
+        Args:
+            message: What to send; its topic and payload are checked already.
+            timeout: Seconds to wait for room; None waits for ever, 0 not at all.
+
+        Raises:
+            NotConnectedError: QoS 0 without a connection.
+            ClosedError: The client was shut down.
+            QueueFullError: No room came free in time.
+        """
+        size = len(message.topic) + len(message.payload)
+        with self._room:
+            if self._held >= self._max_queued or self._held_bytes + size > self._max_queued_bytes:
+                self._await_room(message, size, timeout)
+            if message.qos:
+                if self._refusal is not None:
+                    raise _fresh(self._refusal)
+                self._firm.append(message)
+            else:
+                if not self._online:
+                    raise self._refusal_of_qos_0()
+                self._lossy.append(message)
+            self._held += 1
+            self._held_bytes += size
+        self._wake()
+
+    def _await_room(self, message: Outgoing, size: int, timeout: float | None) -> None:
+        """Holds the lock, and gives it away while it waits."""
+
+        def room_or_refused() -> bool:
+            fits = self._held < self._max_queued and self._held_bytes + size <= self._max_queued_bytes
+            return fits or self._refusal is not None or (not message.qos and not self._online)
+
+        if size > self._max_queued_bytes:
+            raise QueueFullError(
+                f"the message of {size:,} bytes is larger than max_queued_bytes={self._max_queued_bytes:,}: "
+                "raise the setting"
+            )
+        self._waiting += 1
+        try:
+            if not self._room.wait_for(room_or_refused, timeout):
+                raise QueueFullError(
+                    f"{self._held:,} outgoing messages with {self._held_bytes:,} bytes are held already: "
+                    "publish slower, or raise max_queued or max_queued_bytes"
+                )
+        finally:
+            self._waiting -= 1
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Have *callback* called once, when it is worth trying again; for whoever may not block."""
+        with self._room:
+            self._callbacks.append(callback)
+
+    def _call_back(self, most: int) -> None:
+        """One callback for each message that left: no stampede for the same room."""
+        while most and self._callbacks:
+            most -= 1
+            self._callbacks.popleft()()
+
+    def _refusal_of_qos_0(self) -> Exception:
+        if self._refusal is not None:
+            return _fresh(self._refusal)
+        return NotConnectedError(
+            "there is no connection to the broker: a message of QoS 0 would be lost; "
+            "publish with qos=1 to have it wait, or call wait_connected() first"
+        )
+
+    def open(self) -> None:
+        """Admit messages from now on."""
+        with self._room:
+            self._refusal = None
+
+    def refuse(self, reason: Exception) -> None:
+        """Admit nothing more."""
+        with self._room:
+            self._refusal = reason
+            self._room.notify_all()
+        self._call_back(len(self._callbacks))
+
+    def wait_flushed(self, timeout: float) -> bool:
+        """Wait until the broker has every message of QoS 1 and 2, and the network every other."""
+        with self._room:
+            self._waiting += 1
+            try:
+                return self._room.wait_for(lambda: not self._held, timeout)
+            finally:
+                self._waiting -= 1
+
+    def abandon(self) -> int:
+        """Give up what is held; returns how many of QoS 1 and 2 there were. After the network thread."""
+        with self._room:
+            lost = [*self._inflight.values(), *self._firm]
+            lossy = len(self._lossy)
+            self._inflight.clear()
+            self._firm.clear()
+            self._lossy.clear()
+            self._held = self._held_bytes = 0
+            self._room.notify_all()
+        for message in lost:
+            message.receipt._fail(
+                ClosedError("the client was shut down before the broker acknowledged the message")
+            )
+        if lost or lossy:
+            self._counters.drop("shutdown", len(lost) + lossy)
+        return len(lost)
+
+    # -- network thread ---------------------------------------------------------------------
+
+    def connected(self, connack: Connack, v5: bool) -> None:
+        """A connection is there: send what waits, what was interrupted first."""
+        self._v5 = v5
+        self._limits = connack
+        self._window = min(self._max_inflight, connack.receive_maximum, _LAST_PACKET_ID - LAST_PAHO_PACKET_ID)
+        interrupted = list(self._inflight.values())
+        self._inflight.clear()
+        if not connack.session_present:
+            # The broker forgot: nothing of it is a repetition, and no release is awaited.
+            for message in interrupted:
+                message.sent = message.received = False
+        with self._room:
+            self._firm.extendleft(reversed(interrupted))
+            self._online = True
+
+    def disconnected(self) -> None:
+        """The connection is gone: QoS 0 that did not leave with it is lost, the rest stays."""
+        with self._room:
+            self._online = False
+            lost = len(self._lossy)
+            self._held -= lost
+            self._held_bytes -= sum(message.size for message in self._lossy)
+            self._lossy.clear()
+            self._room.notify_all()
+        self._call_back(len(self._callbacks))
+        lost += self._lossy_unsent
+        self._lossy_unsent = 0
+        if lost:
+            self._counters.drop("connection_lost", lost)
+            logger.warning("lost up to %d messages of QoS 0 with the connection", lost)
+
+    def pump(self, write: Callable[[bytes], None], unsent_bytes: int) -> bool:
+        """Write what the window and the socket have room for; True when more could go right after."""
+        if not unsent_bytes:
+            self._lossy_unsent = 0
+        room = _ENOUGH_UNSENT - unsent_bytes
+        if room > 0 and self._lossy:
+            room -= self._pump_lossy(write, room)
+        while room > 0 and self._firm and len(self._inflight) < self._window:
+            room -= self._send(self._firm.popleft(), write)
+        return room <= 0
+
+    def _pump_lossy(self, write: Callable[[bytes], None], room: int) -> int:
+        lossy, v5 = self._lossy, self._v5
+        count = written = freed = 0
+        rejected: list[tuple[Outgoing, str]] = []
+        while lossy and written < room:
+            message = lossy.popleft()
+            freed += len(message.topic) + len(message.payload)
+            count += 1
+            packet = wire.encode_publish(message.topic, message.payload, 0, message.retain, False, 0, v5)
+            objection = self._objection(message, len(packet))
+            if objection:
+                rejected.append((message, objection))
+                continue
+            write(packet)
+            written += len(packet)
+        self.messages += count - len(rejected)
+        self._lossy_unsent += count - len(rejected)
+        self._freed(count, freed)
+        for message, objection in rejected:
+            self._rejected(message, objection, None)
+        return written
+
+    def _send(self, message: Outgoing, write: Callable[[bytes], None]) -> int:
+        if message.received:
+            packet = wire.encode_ack(wire.PUBREL, message.packet_id)
+        else:
+            if not message.sent:
+                if not message.receipt._mark_sent():
+                    self._freed(1, message.size)  # cancelled in time
+                    return 0
+                message.packet_id = self._next_packet_id()
+            packet = wire.encode_publish(
+                message.topic,
+                message.payload,
+                message.qos,
+                message.retain,
+                message.sent,
+                message.packet_id,
+                self._v5,
+            )
+            objection = self._objection(message, len(packet))
+            if objection:
+                self._freed(1, message.size)
+                self._rejected(message, objection, None)
+                return 0
+            self.messages += 1
+            if message.sent:
+                self._counters.add("retried")
+        message.sent = True
+        self._inflight[message.packet_id] = message
+        write(packet)
+        return len(packet)
+
+    def _next_packet_id(self) -> int:
+        packet_id = self._packet_id
+        while True:
+            packet_id = packet_id + 1 if packet_id < _LAST_PACKET_ID else _FIRST_PACKET_ID
+            if packet_id not in self._inflight:
+                self._packet_id = packet_id
+                return packet_id
+
+    def _objection(self, message: Outgoing, packet_bytes: int) -> str | None:
+        """Why this broker would end the connection over this message, if it would."""
+        limits = self._limits
+        if limits.maximum_packet_size is not None and packet_bytes > limits.maximum_packet_size:
+            return f"packet too large: {packet_bytes:,} bytes, the broker takes {limits.maximum_packet_size:,}"
+        if message.qos > limits.maximum_qos:
+            return f"QoS not supported: the broker takes QoS {limits.maximum_qos} at most"
+        if message.retain and not limits.retain_available:
+            return "retain not supported by the broker"
+        return None
+
+    def _rejected(self, message: Outgoing, reason: str, code: int | None) -> None:
+        self._counters.add("rejected")
+        topic = message.topic.decode()
+        logger.warning("a message to %r was rejected: %s", topic, reason, extra={"topic": topic})
+        message.receipt._fail(
+            PublishRejectedError(f"the message to {topic!r} was rejected: {reason}", reason=reason, code=code)
+        )
+
+    def acknowledged(self, kind: int, packet_id: int, reason: int) -> bytes | None:
+        """Take PUBACK, PUBREC or PUBCOMP; returns the packet that answers it, if one does."""
+        message = self._inflight.get(packet_id)
+        if kind == wire.PUBREC:
+            return self._received(message, packet_id, reason)
+        expected = message is not None and (message.qos == 1) == (kind == wire.PUBACK)
+        if message is None or not expected:
+            return None  # repeated, or of a session that is gone
+        self._settle(message, kind, reason)
+        return None
+
+    def _received(self, message: Outgoing | None, packet_id: int, reason: int) -> bytes | None:
+        if message is None or message.qos != 2:
+            not_found = 0x92
+            return (
+                wire.encode_ack_reason(wire.PUBREL, packet_id, not_found)
+                if self._v5
+                else wire.encode_ack(wire.PUBREL, packet_id)
+            )
+        if reason >= 0x80:
+            self._settle(message, wire.PUBREC, reason)
+            return None
+        message.received = True
+        return wire.encode_ack(wire.PUBREL, packet_id)
+
+    def _settle(self, message: Outgoing, kind: int, reason: int) -> None:
+        del self._inflight[message.packet_id]
+        self._freed(1, message.size)
+        if reason >= 0x80:
+            self._rejected(message, wire.reason_name(kind, reason), reason)
+        else:
+            self.acknowledgements += 1
+            message.receipt._settle()
+
+    def _freed(self, count: int, size: int) -> None:
+        with self._room:
+            self._held -= count
+            self._held_bytes -= size
+            if self._waiting:
+                self._room.notify_all()
+        if self._callbacks:
+            self._call_back(count)
+
+
+def _fresh(error: Exception) -> Exception:
+    """Each waiter gets its own instance."""
+    return type(error)(*error.args)

@@ -1,0 +1,112 @@
+"""The registered subscriptions, and the filters that the broker is asked for on their behalf."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from concurrent.futures import Future
+from typing import Any
+
+import attrs
+
+from tars_mqtt._core.dispatch import Consumer
+from tars_mqtt._core.router import Router
+from tars_mqtt.message import Message
+
+_LAST_IDENTIFIER = 268_435_455
+
+
+@attrs.define(eq=False)
+class Registration:
+    """One call of ``subscribe``: a filter and who gets its messages."""
+
+    number: int
+    topic: str
+    qos: int
+    consumer: Consumer
+    key_of: Any = None
+
+    def key(self, message: Message) -> Any:
+        """The key of ``order_by``; None where there is none."""
+        return None if self.key_of is None else self.key_of(message)
+
+
+@attrs.define(eq=False)
+class FilterEntry:
+    """One filter as the broker knows it: several registrations may share it.
+
+    The last four are owned by the network thread.
+    """
+
+    topic_filter: str
+    identifier: int
+    """Subscription Identifier (MQTT 5), the same in each process that subscribes with this filter:
+    the broker's session may outlive us."""
+    registrations: tuple[Registration, ...]
+    qos: int
+    session: int = 0
+    """The broker's session in which it was last acknowledged."""
+    replay: tuple[Registration, ...] = ()
+    """Who gets the retained messages that the last SUBSCRIBE brought."""
+    identified: bool = False
+    """Whether a message with its identifier came in this session."""
+    waiters: list[Future[None]] = attrs.field(factory=list)
+
+
+class Registry:
+    """All registrations of a client. Any thread.
+
+    `router` is replaced whole on each change and read without a lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = 0
+        self._identifiers: set[int] = set()
+        self.router: Router[FilterEntry] = Router()
+
+    def next_number(self) -> int:
+        """A number for a registration to come, never used twice."""
+        with self._lock:
+            self._numbers += 1
+            return self._numbers
+
+    def add(self, registration: Registration) -> FilterEntry:
+        """Enter a registration; returns the filter that the broker must be asked for."""
+        with self._lock:
+            topic = registration.topic
+            entry = self.router.get(topic)
+            if entry is None:
+                entry = FilterEntry(topic, self._identifier(topic), (registration,), registration.qos)
+                self.router = self.router.add(topic, entry)
+            else:
+                entry.registrations += (registration,)
+                entry.qos = max(entry.qos, registration.qos)
+                # Same filters, other routes: whoever keeps routes must notice.
+                self.router = self.router.add(topic, entry)
+            return entry
+
+    def remove(self, registration: Registration) -> FilterEntry | None:
+        """Take a registration out; returns its filter if nobody needs that any more."""
+        with self._lock:
+            entry = self.router.get(registration.topic)
+            if entry is None or registration not in entry.registrations:
+                return None
+            entry.registrations = tuple(other for other in entry.registrations if other is not registration)
+            if entry.registrations:
+                self.router = self.router.add(entry.topic_filter, entry)
+                return None
+            self.router = self.router.remove(entry.topic_filter)
+            self._identifiers.discard(entry.identifier)
+            return entry
+
+    def entries(self) -> list[FilterEntry]:
+        """All filters, in the order of their first registration."""
+        return list(self.router)
+
+    def _identifier(self, topic_filter: str) -> int:
+        identifier = zlib.crc32(topic_filter.encode()) % _LAST_IDENTIFIER + 1
+        while identifier in self._identifiers:
+            identifier = identifier % _LAST_IDENTIFIER + 1
+        self._identifiers.add(identifier)
+        return identifier

@@ -1,0 +1,71 @@
+"""Where a client stands, and waiting for it to stand elsewhere."""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable
+
+
+class ConnectionState(enum.Enum):
+    """Where a client stands. ``client.state`` is one of these."""
+
+    NEW = "new"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    RECONNECTING = "reconnecting"
+    CLOSING = "closing"
+    DISCONNECTED = "disconnected"
+    CLOSED = "closed"
+
+
+class StateCell:
+    """One `ConnectionState`, set by whoever makes it true and awaited by anyone.
+
+    Any thread may read and wait. Reading takes no lock.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._listeners: set[Callable[[], None]] = set()
+        self.value = ConnectionState.NEW
+
+    def set(self, value: ConnectionState) -> None:
+        """Change the state and wake all who wait."""
+        with self._condition:
+            self._change(value)
+        self._tell()
+
+    def replace(self, old: ConnectionState, new: ConnectionState) -> bool:
+        """Change the state only from *old*; say whether it was so."""
+        with self._condition:
+            if self.value is not old:
+                return False
+            self._change(new)
+        self._tell()
+        return True
+
+    def _change(self, value: ConnectionState) -> None:
+        self.value = value
+        self._condition.notify_all()
+
+    def _tell(self) -> None:
+        with self._condition:
+            listeners = tuple(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have *listener* called after each change, on the thread that made it; it must not block."""
+        with self._condition:
+            self._listeners.add(listener)
+
+    def ignore(self, listener: Callable[[], None]) -> None:
+        """Undo `listen`."""
+        with self._condition:
+            self._listeners.discard(listener)
+
+    def wait(self, predicate: Callable[[ConnectionState], bool], timeout: float | None) -> bool:
+        """Wait until *predicate* holds for the state; False when the time ran out first."""
+        with self._condition:
+            return self._condition.wait_for(lambda: predicate(self.value), timeout)

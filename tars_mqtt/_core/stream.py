@@ -1,0 +1,134 @@
+"""The byte stream of one connection: whole packets in, whole packets out."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections import deque
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.dial import reason_of
+
+_RECEIVE_BYTES = 65_536
+"""Below the size at which malloc maps fresh pages for every read."""
+
+_SEND_BYTES = 262_144
+"""Packets are joined into one ``send`` up to about this size."""
+
+
+class ConnectionLostError(Exception):
+    """The connection is gone; the message says how. Internal: never reaches a caller."""
+
+
+class Stream:
+    """Buffers a non-blocking socket, so that packets cost no system call each.
+
+    Owned by the network thread.
+    """
+
+    def __init__(self, sock: socket.socket, packet_limit: int, v5: bool) -> None:
+        self._socket = sock
+        self._packet_limit = packet_limit
+        self._v5 = v5
+        self._broken = False
+        self._pieces: list[bytes] = []
+        self._piece_bytes = 0
+        self._needed = 0
+        self._outgoing: deque[bytes] = deque()
+        self._unsent = memoryview(b"")
+        self.outgoing_bytes = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    def fileno(self) -> int:
+        """The socket's file descriptor."""
+        return self._socket.fileno()
+
+    # -- in -------------------------------------------------------------------------------
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        """Read what is there and return the packets that are complete, as first byte and body.
+
+        Raises:
+            ConnectionLostError: The peer closed, or the socket failed.
+            MalformedPacketError: What arrived is not MQTT.
+        """
+        if self._broken:
+            wire.split_packets(b"".join(self._pieces), self._packet_limit, self._v5)
+        try:
+            data = self._socket.recv(_RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return []
+        except OSError as error:
+            raise ConnectionLostError(f"reading failed: {reason_of(error)}") from error
+        if not data:
+            raise ConnectionLostError("the broker closed the connection")
+        self.bytes_in += len(data)
+        if self._pieces:
+            # A packet of many reads is joined once, when it is complete, not at every read.
+            self._pieces.append(data)
+            self._piece_bytes += len(data)
+            if self._piece_bytes < self._needed:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+        packets, consumed, self._needed = wire.split_packets(data, self._packet_limit, self._v5)
+        if consumed < len(data):
+            rest = data[consumed:] if consumed else data
+            self._pieces.append(rest)
+            self._piece_bytes = len(rest)
+            # What is malformed behind whole packets is said when those are dealt with.
+            self._broken = self._needed == 0
+        return [(first, data[start:end]) for first, start, end in packets]
+
+    def has_more(self) -> bool:
+        """Whether there is something to `receive` that no selector sees: bytes inside the TLS layer."""
+        pending = getattr(self._socket, "pending", None)
+        return self._broken or (pending is not None and pending() > 0)
+
+    # -- out ------------------------------------------------------------------------------
+
+    def write(self, packet: bytes) -> None:
+        """Take one whole packet; it leaves with the next `flush`."""
+        self._outgoing.append(packet)
+        self.outgoing_bytes += len(packet)
+
+    def flush(self) -> bool:
+        """Send what the socket takes; True when nothing is left.
+
+        Raises:
+            ConnectionLostError: The socket failed.
+        """
+        while self.outgoing_bytes:
+            if not self._unsent:
+                self._unsent = memoryview(self._join())
+            try:
+                sent = self._socket.send(self._unsent)
+            except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return False
+            except OSError as error:
+                raise ConnectionLostError(f"writing failed: {reason_of(error)}") from error
+            self._unsent = self._unsent[sent:]
+            self.outgoing_bytes -= sent
+            self.bytes_out += sent
+        return True
+
+    def _join(self) -> bytes:
+        outgoing = self._outgoing
+        if len(outgoing) == 1:
+            return outgoing.popleft()
+        if self.outgoing_bytes <= _SEND_BYTES:
+            joined = b"".join(outgoing)
+            outgoing.clear()
+            return joined
+        batch = [outgoing.popleft()]
+        size = len(batch[0])
+        while outgoing and size + len(outgoing[0]) <= _SEND_BYTES:
+            packet = outgoing.popleft()
+            size += len(packet)
+            batch.append(packet)
+        return b"".join(batch)
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        self._socket.close()

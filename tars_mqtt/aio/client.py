@@ -1,0 +1,673 @@
+"""`MQTTClient` for asyncio: the engine of the threaded client, awaited instead of blocked on.
+
+Sending is the engine's non-blocking path, called on the loop's thread; what happens on the engine's
+threads comes back over one `Bridge`; connecting and shutting down block, on threads of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tars_mqtt._core.dispatch import Consumer, in_work
+from tars_mqtt._core.engine import Engine, OrderBy
+from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
+from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.registry import Registration
+from tars_mqtt._core.state import ConnectionState
+from tars_mqtt._core.stats import Stats
+from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
+from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
+from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.errors import AckTimeoutError, QueueFullError, SubscribeError
+from tars_mqtt.message import Message
+from tars_mqtt.message import PublishReceipt as CoreReceipt
+
+__all__ = ["MQTTClient", "MessageIterator", "PublishReceipt", "Subscription"]
+
+HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+class PublishReceipt:
+    """What `MQTTClient.submit_event` returns. Awaiting it waits for the broker's acknowledgement."""
+
+    __slots__ = ("_bridge", "_receipt")
+
+    def __init__(self, receipt: CoreReceipt, bridge: Bridge) -> None:
+        self._receipt = receipt
+        self._bridge = bridge
+
+    @property
+    def envelope_id(self) -> str | None:
+        return self._receipt.envelope_id
+
+    @property
+    def topic(self) -> str:
+        return self._receipt.topic
+
+    @property
+    def qos(self) -> int:
+        return self._receipt.qos
+
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._receipt.done()
+
+    def cancel(self) -> bool:
+        """Take the message back while it is unsent; False when it is too late."""
+        return self._receipt.cancel()
+
+    def cancelled(self) -> bool:
+        """Whether the message was taken back."""
+        return self._receipt.cancelled()
+
+    async def result(self, timeout: float | None = None) -> str | None:
+        """Wait for the acknowledgement and return the envelope's id. Cancelling stops the wait, not the send.
+
+        Raises:
+            AckTimeoutError: It did not come within *timeout* seconds; the message is still on its way.
+            PublishRejectedError, ClosedError: There will be none.
+        """
+        await self._wait(timeout)
+        return self._receipt.result(0)
+
+    async def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait, and return what went wrong, None if nothing did."""
+        await self._wait(timeout)
+        return self._receipt.exception(0)
+
+    def __await__(self) -> Generator[Any, None, str | None]:
+        return self.result().__await__()
+
+    async def _wait(self, timeout: float | None) -> None:
+        receipt = self._receipt
+        if receipt.done():
+            return
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        receipt._add_done_callback(lambda _: self._bridge.post(lambda: _resolve(future)))
+        timer = None if timeout is None else loop.call_later(timeout, _resolve, future)
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if not receipt.done():
+            raise AckTimeoutError(
+                f"no acknowledgement for the message to {self.topic!r} within {timeout:g} s; "
+                "it is still on its way, the receipt will tell",
+                self,
+            )
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class MQTTClient:
+    """A service's connection to an MQTT broker, for asyncio. See `tars_mqtt.MQTTClient`.
+
+    Belongs to the event loop on which it is first awaited, until it is shut down. An async context
+    manager: connects on enter, shuts down on exit.
+    """
+
+    def __init__(
+        self, mqtt_url: str, client_id: str, source_name: str | None = None, **settings: Any
+    ) -> None:
+        if source_name is not None:
+            settings["source_name"] = source_name
+        self._start_up(MQTTClientConfig(mqtt_url, client_id, **settings))
+
+    @classmethod
+    def from_env(cls, prefix: str = "MQTT_", **overrides: Any) -> Self:
+        """Make a client from environment variables; *overrides* win over them."""
+        return cls.from_config(MQTTClientConfig.from_env(prefix, **overrides))
+
+    @classmethod
+    def from_config(cls, config: MQTTClientConfig) -> Self:
+        """Make a client from checked settings."""
+        client = cls.__new__(cls)
+        client._start_up(config)
+        return client
+
+    def _start_up(self, config: MQTTClientConfig) -> None:
+        self._bridge = Bridge()
+        self._engine = Engine(
+            config,
+            lambda config, counters, acknowledge: LoopDispatcher(
+                self._bridge, config.workers, config.max_pending, counters, acknowledge, config.client_id
+            ),
+        )
+        self._executor: ThreadPoolExecutor | None = None
+        self._stop: asyncio.Event | None = None
+        self._paho = PahoFace(self)
+
+    def __repr__(self) -> str:
+        return f"<aio.MQTTClient {self.config.client_id!r} at {self.config.urls[0]}, {self.state.value}>"
+
+    def _on_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the running loop; it must be ours."""
+        loop = asyncio.get_running_loop()
+        if self._bridge.loop is not loop:
+            idle = self.state in (ConnectionState.NEW, ConnectionState.CLOSED, ConnectionState.DISCONNECTED)
+            if self._bridge.loop is not None and not idle and not self._bridge.loop.is_closed():
+                raise RuntimeError(
+                    "this client belongs to another event loop: use it there, or make one client for each loop"
+                )
+            self._bridge.bind(loop)
+        return loop
+
+    async def _blocking(self, call: Callable[..., T], *args: Any) -> T:
+        """Run what blocks on a thread of ours: the loop's default executor may be full of other work."""
+        if self._executor is None:
+            name = f"tars-mqtt/{self.config.client_id}/blocking"
+            self._executor = ThreadPoolExecutor(4, thread_name_prefix=name)
+        return await self._on_loop().run_in_executor(self._executor, call, *args)
+
+    # -- connection -------------------------------------------------------------------------
+
+    async def connect(self, timeout: Timeout = DEFAULT) -> None:
+        """Connect and return when every registered subscription is acknowledged.
+
+        Cancelled, it leaves nothing behind.
+        """
+        limit = seconds(timeout, self.config.connect_timeout)
+        self._on_loop()
+        try:
+            await self._blocking(self._engine.connect, limit)
+        except asyncio.CancelledError:
+            await _to_the_end(self._blocking(self._engine.stop_network, 0.0))
+            raise
+        finally:
+            if self.state is ConnectionState.DISCONNECTED:
+                self._release_executor()
+
+    async def disconnect(self) -> None:
+        """Leave the broker; `connect` may follow."""
+        self._on_loop()
+        await _to_the_end(self._blocking(self._engine.disconnect))
+        self._release_executor()
+
+    async def shutdown(self, timeout: Timeout = DEFAULT) -> None:
+        """Finish the handlers, flush QoS 1 and 2, say goodbye, join every thread.
+
+        Handlers that do not end in time are cancelled. A cancellation of the call itself is
+        delivered when the work is done.
+        """
+        self._on_loop()
+        if self._stop is not None:
+            self._stop.set()
+        limit = seconds(timeout, self.config.shutdown_timeout)
+        await _to_the_end(
+            self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, in_work.get())
+        )
+        self._release_executor()
+
+    def _release_executor(self) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.shutdown()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.shutdown()
+
+    async def run(self) -> None:
+        """Connect if needed, serve until SIGINT or SIGTERM, or until `shutdown`; then shut down."""
+        loop = self._on_loop()
+        self._stop = stop = asyncio.Event()
+        installed = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Neither on other threads than the main one, nor on Windows.
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                loop.add_signal_handler(number, stop.set)
+                installed.append(number)
+        try:
+            await self.connect()
+            await stop.wait()
+        finally:
+            for number in installed:
+                loop.remove_signal_handler(number)
+            await self.shutdown()
+
+    async def wait_connected(self, timeout: float | None = None) -> bool:
+        """Wait for the connection; False when the time ran out first."""
+        self._engine.check()
+        loop = self._on_loop()
+        changed = asyncio.Event()
+
+        def listener() -> None:
+            self._bridge.post(changed.set)
+
+        self._engine.state.listen(listener)
+        try:
+            limit = seconds(timeout, 0.0)
+            deadline = None if limit is None else loop.time() + limit
+            async with asyncio.timeout_at(deadline):
+                while not self.connected:
+                    await changed.wait()
+                    changed.clear()
+        except TimeoutError:
+            return self.connected
+        finally:
+            self._engine.state.ignore(listener)
+        return True
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up and the subscriptions acknowledged."""
+        return self.state is ConnectionState.CONNECTED
+
+    @property
+    def state(self) -> ConnectionState:
+        """Where the client stands."""
+        return self._engine.state.value
+
+    @property
+    def config(self) -> MQTTClientConfig:
+        """The settings."""
+        return self._engine.config
+
+    @property
+    def client(self) -> PahoFace:
+        """An awaitable face of the underlying paho-mqtt client, for what is not wrapped here."""
+        return self._paho
+
+    def stats(self) -> Stats:
+        """A snapshot of the client's counters."""
+        return self._engine.stats()
+
+    # -- publishing -------------------------------------------------------------------------
+
+    async def publish_event(
+        self,
+        topic: str,
+        event_type: str,
+        data: Any,
+        *,
+        correlation_id: str | None = None,
+        qos: int = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> str:
+        """Publish *data* in an `Envelope` and return its id. Cancelling stops the wait, not the send."""
+        limit = seconds(timeout, self.config.publish_timeout)
+        loop = self._on_loop()
+        started = loop.time()
+        receipt = await self._admitted(
+            lambda: self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, 0.0), limit
+        )
+        if qos:
+            await receipt.result(_rest(limit, started, loop))
+        return receipt.envelope_id or ""
+
+    def submit_event(
+        self,
+        topic: str,
+        event_type: str,
+        data: Any,
+        *,
+        correlation_id: str | None = None,
+        qos: int = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> PublishReceipt:
+        """Publish like `publish_event`, without waiting; the receipt can be awaited.
+
+        Args:
+            timeout: Without effect: this never waits, and a full queue is a `QueueFullError` at once.
+                Await `publish_event` to wait for room.
+        """
+        seconds(timeout, 0.0)
+        return PublishReceipt(
+            self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, 0.0), self._bridge
+        )
+
+    async def publish(
+        self,
+        topic: str,
+        payload: bytes | str,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> None:
+        """Publish raw bytes, or text as UTF-8, without an envelope."""
+        limit = seconds(timeout, self.config.publish_timeout)
+        loop = self._on_loop()
+        started = loop.time()
+        receipt = await self._admitted(
+            lambda: self._engine.submit(topic, payload, qos, retain, 0.0), limit
+        )
+        await receipt.result(_rest(limit, started, loop))
+
+    async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
+        """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
+        self._on_loop()
+        receipt = self._engine.health.publish(ok, event, error, 0.0)
+        if receipt is not None:
+            await PublishReceipt(receipt, self._bridge).result(self.config.publish_timeout)
+
+    async def _admitted(self, submit: Callable[[], CoreReceipt], limit: float | None) -> PublishReceipt:
+        """Submit, waiting for room as long as *limit* allows."""
+        try:
+            return PublishReceipt(submit(), self._bridge)
+        except QueueFullError:
+            if limit == 0:
+                raise
+        loop = asyncio.get_running_loop()
+        deadline = None if limit is None else loop.time() + limit
+        while True:
+            room = loop.create_future()
+            self._engine.when_room(lambda room=room: self._bridge.post(lambda: _resolve(room)))  # type: ignore[misc]
+            try:
+                # Room may have come free between the refusal and the registration.
+                return PublishReceipt(submit(), self._bridge)
+            except QueueFullError:
+                timer = None if deadline is None else loop.call_at(deadline, _resolve, room)
+                try:
+                    await room
+                finally:
+                    if timer is not None:
+                        timer.cancel()
+                if deadline is not None and loop.time() >= deadline:
+                    return PublishReceipt(submit(), self._bridge)
+
+    # -- subscribing ------------------------------------------------------------------------
+
+    async def subscribe(
+        self,
+        topic: str,
+        handler: Callable[[Any], Any],
+        qos: int = 0,
+        *,
+        concurrency: int | None = None,
+        order_by: OrderBy = None,
+        timeout: Timeout = DEFAULT,
+    ) -> Subscription:
+        """Have *handler* called with each message that matches.
+
+        A coroutine function runs as a task on the loop, a plain function on a worker thread.
+        """
+        registration = self._register(topic, handler, qos, concurrency, order_by)
+        return await self._subscribed(registration, timeout)
+
+    def _register(
+        self, topic: str, handler: Callable[[Any], Any], qos: int, concurrency: int | None, order_by: OrderBy
+    ) -> Registration:
+        engine = self._engine
+        kind = CoroutineCall if is_coroutine_function(handler) else HandlerCall
+        return engine.register(
+            topic,
+            qos,
+            lambda number: kind(
+                handler,
+                number,
+                engine.counters,
+                engine.deduplicator,
+                self.config.correlation,
+                self.config.client_id,
+            ),
+            concurrency,
+            order_by,
+        )
+
+    async def _subscribed(self, registration: Registration, timeout: Timeout) -> Subscription:
+        engine, topic = self._engine, registration.topic
+        self._on_loop()
+        limit = seconds(timeout, self.config.connect_timeout)
+        try:
+            await self._outcome(engine.subscribe(registration), limit)
+        except TimeoutError:
+            engine.unregister(registration)
+            raise SubscribeError(
+                f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
+            ) from None
+        except SubscribeError as error:
+            engine.unregister(registration)
+            raise SubscribeError(str(error), error.refused) from error
+        except BaseException:
+            engine.unregister(registration)
+            raise
+        return Subscription(self, registration)
+
+    async def _outcome(self, future: Future[None], limit: float | None) -> None:
+        """Await the engine's future, which stays as it is when the wait is cancelled."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._bridge.post(lambda: _resolve(done)))
+        async with asyncio.timeout(limit):
+            await done
+        future.result(0)
+
+    def on(
+        self,
+        topic: str,
+        qos: int = 0,
+        *,
+        concurrency: int | None = None,
+        order_by: OrderBy = None,
+        timeout: Timeout = DEFAULT,
+    ) -> Callable[[HandlerT], HandlerT]:
+        """Decorator form of `subscribe`; usable before `connect`.
+
+        On a connected client it does not wait: a refusal of the broker is logged.
+        """
+        seconds(timeout, 0.0)
+
+        def decorate(handler: HandlerT) -> HandlerT:
+            self._engine.subscribe(self._register(topic, handler, qos, concurrency, order_by))
+            return handler
+
+        return decorate
+
+    def messages(self, topic: str, qos: int = 0) -> MessageIterator:
+        """Iterate over the messages: ``async for message in client.messages("a/#")``.
+
+        Subscribes when the iteration begins, or on ``async with``. A message of QoS 1 or 2 is
+        acknowledged when the next one is asked for.
+        """
+        return MessageIterator(self, topic, qos)
+
+
+class Subscription:
+    """What `MQTTClient.subscribe` returns. An async context manager: leaving it unsubscribes."""
+
+    def __init__(self, client: MQTTClient, registration: Registration) -> None:
+        self._client = client
+        self._registration = registration
+
+    @property
+    def topic(self) -> str:
+        """The filter."""
+        return self._registration.topic
+
+    @property
+    def qos(self) -> int:
+        """The QoS that was asked for."""
+        return self._registration.qos
+
+    @property
+    def active(self) -> bool:
+        """Whether the handler is still called."""
+        return not self._registration.consumer.closed
+
+    async def unsubscribe(self, timeout: Timeout = DEFAULT) -> None:
+        """Stop; the handler is not called again, a call under way may still end. Idempotent."""
+        client = self._client
+        client._on_loop()
+        limit = seconds(timeout, client.config.connect_timeout)
+        # Without an answer nobody is called any more all the same; what still comes is dropped.
+        with contextlib.suppress(TimeoutError):
+            await client._outcome(client._engine.unregister(self._registration), limit)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.unsubscribe()
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.topic!r}, qos {self.qos}, {'active' if self.active else 'ended'}>"
+
+
+class MessageIterator(AsyncIterator[Message]):
+    """What `MQTTClient.messages` returns. An async context manager: leaving it unsubscribes."""
+
+    def __init__(self, client: MQTTClient, topic: str, qos: int) -> None:
+        self._client = client
+        self._arrived = asyncio.Event()
+        self._registration = client._engine.register(topic, qos, lambda _: None)
+        self._consumer: Consumer = self._registration.consumer
+        self._consumer.arrived = lambda: client._bridge.post(self._arrived.set)
+        self._subscription: Subscription | None = None
+        self._current: Delivery | None = None
+
+    async def __anext__(self) -> Message:
+        message = await self.next(None)
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+    async def next(self, timeout: float | None) -> Message | None:
+        """Return the next message; None once the iteration has ended.
+
+        Raises:
+            TimeoutError: None came in time.
+        """
+        self._finish_current()
+        if self._subscription is None:
+            await self._open()
+        dispatcher = self._client._engine.dispatcher
+        async with asyncio.timeout(seconds(timeout, 0.0)):
+            while True:
+                self._arrived.clear()
+                self._current = dispatcher.next_nowait(self._consumer)
+                if self._current is not None:
+                    return self._current.message
+                if self._consumer.closed or dispatcher.stopping:
+                    return None
+                await self._arrived.wait()
+
+    async def _open(self) -> None:
+        self._subscription = await self._client._subscribed(self._registration, DEFAULT)
+
+    def _finish_current(self) -> None:
+        current, self._current = self._current, None
+        if current is not None:
+            self._client._engine.dispatcher.finished(self._consumer, current)
+
+    async def close(self) -> None:
+        """Acknowledge the last message, and unsubscribe."""
+        self._finish_current()
+        await Subscription(self._client, self._registration).unsubscribe()
+
+    async def __aenter__(self) -> Self:
+        if self._subscription is None:
+            await self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class PahoFace:
+    """The paho-mqtt client behind an asyncio client, with what would block or call back made awaitable.
+
+    `subscribe` and `messages` go together: a message of any filter subscribed here comes out of
+    every open `messages`. All other attributes are paho's own.
+    """
+
+    def __init__(self, client: MQTTClient) -> None:
+        self._client = client
+        self._subscriptions: dict[str, Subscription] = {}
+        self._boxes: list[asyncio.Queue[Message]] = []
+        self._early: deque[Message] = deque(maxlen=client.config.max_pending)
+
+    async def subscribe(self, topic: str, qos: int = 0) -> None:
+        """Subscribe; raises as `MQTTClient.subscribe`."""
+        subscription = await self._client.subscribe(topic, self._arrive, qos)
+        before = self._subscriptions.get(topic)
+        self._subscriptions[topic] = subscription
+        if before is not None:
+            await before.unsubscribe()
+
+    async def unsubscribe(self, topic: str) -> None:
+        """Undo `subscribe`."""
+        subscription = self._subscriptions.pop(topic, None)
+        if subscription is not None:
+            await subscription.unsubscribe()
+
+    async def publish(
+        self, topic: str, payload: bytes | str = b"", qos: int = 0, retain: bool = False
+    ) -> None:
+        """Publish raw bytes; see `MQTTClient.publish`."""
+        await self._client.publish(topic, payload, qos=qos, retain=retain)
+
+    @contextlib.asynccontextmanager
+    async def messages(self) -> AsyncIterator[AsyncIterator[Message]]:
+        """Iterate over what arrives; what arrived before the first iteration comes first."""
+        box: asyncio.Queue[Message] = asyncio.Queue(self._client.config.max_pending)
+        while self._early:
+            box.put_nowait(self._early.popleft())
+        self._boxes.append(box)
+        try:
+            yield _drain(box)
+        finally:
+            self._boxes.remove(box)
+
+    async def _arrive(self, message: Message) -> None:
+        if not self._boxes:
+            self._early.append(message)
+        for box in tuple(self._boxes):
+            await box.put(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client._engine.client, name)
+
+
+async def _drain(box: asyncio.Queue[Message]) -> AsyncIterator[Message]:
+    while True:
+        yield await box.get()
+
+
+def _rest(limit: float | None, started: float, loop: asyncio.AbstractEventLoop) -> float | None:
+    return None if limit is None else max(0.0, limit - (loop.time() - started))
+
+
+async def _to_the_end(work: Any) -> None:
+    """Await *work*; a cancellation of the waiting task is delivered when it is done."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+    if cancelled is not None:
+        with contextlib.suppress(Exception):
+            task.result()
+        raise cancelled
+    task.result()

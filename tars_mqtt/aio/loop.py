@@ -1,0 +1,152 @@
+"""The engine's side of an event loop: how its threads reach the loop, and handlers that run on it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from tars_mqtt._core.dispatch import Consumer, WorkerPool, in_work
+from tars_mqtt._core.handler import HandlerCall
+from tars_mqtt._core.lane import Delivery
+from tars_mqtt.context import current_message
+
+_MOST_CALLS = 256
+"""Calls run in one turn of the loop; the others wait for the next, so that nobody else waits long."""
+
+
+class Bridge:
+    """Runs calls from any thread on one event loop, in order, with one wake-up per burst.
+
+    Bound to the loop that is running when `bind` is called; calls from before wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._calls: deque[Callable[[], None]] = deque()
+        self._scheduled = False
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to *loop* from now on."""
+        self.loop = loop
+        self._scheduled = False
+        if self._calls:
+            self._schedule(loop)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have *call* run on the loop soon. Any thread; never raises."""
+        self._calls.append(call)
+        # The flag is cleared before the calls are looked at: one that is added in between is seen.
+        if not self._scheduled and self.loop is not None:
+            self._schedule(self.loop)
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduled = True
+        try:
+            loop.call_soon_threadsafe(self._run)
+        except RuntimeError:
+            # The loop is closed, and with it everyone who waited there.
+            self._calls.clear()
+            self._scheduled = False
+
+    def _run(self) -> None:
+        self._scheduled = False
+        calls = self._calls
+        for _ in range(min(len(calls), _MOST_CALLS)):
+            calls.popleft()()
+        if calls and not self._scheduled and self.loop is not None:
+            self._schedule(self.loop)
+
+
+class CoroutineCall(HandlerCall):
+    """The steps around one call of a coroutine function. Runs on the loop."""
+
+    async def run(self, delivery: Delivery) -> bool:
+        """Handle one delivery; True when the handler returned."""
+        message = delivery.message
+        begun = self.begin(message)
+        if begun is None:
+            return False
+        claim, argument = begun
+        token = current_message.set(message)
+        try:
+            await self.handler(argument)
+        except BaseException as error:
+            self.failed(message, claim, error)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return False
+        finally:
+            current_message.reset(token)
+        self.succeeded(claim)
+        return True
+
+
+class LoopDispatcher(WorkerPool):
+    """Runs coroutine handlers as tasks on the loop, and plain functions on worker threads.
+
+    `stop` and `wait_idle` block: call them on another thread than the loop's.
+    """
+
+    def __init__(self, bridge: Bridge, *args: Any) -> None:
+        super().__init__(*args)
+        self._bridge = bridge
+        # Owned by the loop's thread:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _start(self, consumer: Consumer) -> None:
+        if isinstance(consumer.handle, CoroutineCall):
+            self._bridge.post(lambda: self._spawn(consumer))
+        else:
+            super()._start(consumer)
+
+    def _spawn(self, consumer: Consumer) -> None:
+        assert self._bridge.loop is not None
+        task = self._bridge.loop.create_task(self._serve(consumer), name=f"tars-mqtt/{self._client_id}/handler")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, consumer: Consumer) -> None:
+        more = True
+        while more:
+            batch = self._take(consumer)
+            in_work.set(len(batch))
+            handled = 0
+            started = time.monotonic()
+            try:
+                for delivery in batch:
+                    if self.stopping:
+                        # Not done, so not acknowledged: the broker delivers it to the next session.
+                        self._counters.drop("shutdown")
+                        continue
+                    assert isinstance(consumer.handle, CoroutineCall)
+                    handled += await consumer.handle.run(delivery)
+                    if delivery.done():
+                        self._acknowledge()
+            finally:
+                more = self._finish(consumer, batch, handled, time.monotonic() - started)
+            if more:
+                # A handler that never waits would keep the loop to itself.
+                await asyncio.sleep(0)
+
+    def stop(self, timeout: float) -> list[str]:
+        deadline = time.monotonic() + timeout
+        stuck = super().stop(timeout)
+        while self._tasks and (left := deadline - time.monotonic()) > 0:
+            # A task may swallow one cancellation, or two: ask until it ends.
+            looked = threading.Event()
+            self._bridge.post(lambda looked=looked: self._cancel(looked))  # type: ignore[misc]
+            looked.wait(min(left, 0.05))
+            if self._tasks:
+                time.sleep(min(left, 0.01))
+        return stuck + [task.get_name() for task in tuple(self._tasks)]
+
+    def _cancel(self, looked: threading.Event) -> None:
+        own = asyncio.current_task()
+        for task in self._tasks:
+            if task is not own:
+                task.cancel()
+        looked.set()

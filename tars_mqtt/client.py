@@ -1,0 +1,493 @@
+"""`MQTTClient` for threads and scripts: every call may block, none needs an event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+from tars_mqtt._core.dispatch import Consumer, WorkerPool
+from tars_mqtt._core.engine import Engine, OrderBy
+from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
+from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.registry import Registration
+from tars_mqtt._core.state import ConnectionState
+from tars_mqtt._core.stats import Counters, Stats
+from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
+from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.errors import SubscribeError
+from tars_mqtt.message import Message, PublishReceipt
+
+__all__ = ["MQTTClient", "MessageIterator", "Subscription"]
+
+HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
+
+
+class MQTTClient:
+    """A service's connection to an MQTT broker.
+
+    Reconnects for ever, restores its subscriptions, keeps outgoing QoS 1 and 2 messages until the
+    broker has them, and acknowledges incoming ones after their handlers. A context manager:
+    connects on enter, shuts down on exit.
+
+    Args:
+        mqtt_url: ``mqtt://[user[:password]@]host[:port]``.
+        client_id: Unique at the broker; the same at each start, for the session to be found again.
+        source_name: Names the service in envelopes and health topics; the client id unless given.
+        settings: Any other field of `MQTTClientConfig`.
+
+    Raises:
+        ConfigError: One or more settings are wrong; it names them all.
+
+    Threads:
+        Every method may be called from any thread, handlers included.
+    """
+
+    def __init__(
+        self, mqtt_url: str, client_id: str, source_name: str | None = None, **settings: Any
+    ) -> None:
+        if source_name is not None:
+            settings["source_name"] = source_name
+        self._start_up(MQTTClientConfig(mqtt_url, client_id, **settings))
+
+    @classmethod
+    def from_env(cls, prefix: str = "MQTT_", **overrides: Any) -> Self:
+        """Make a client from environment variables; *overrides* win over them.
+
+        Raises:
+            ConfigError: One or more settings are wrong; it names them all, with their variables.
+        """
+        return cls.from_config(MQTTClientConfig.from_env(prefix, **overrides))
+
+    @classmethod
+    def from_config(cls, config: MQTTClientConfig) -> Self:
+        """Make a client from checked settings."""
+        client = cls.__new__(cls)
+        client._start_up(config)
+        return client
+
+    def _start_up(self, config: MQTTClientConfig) -> None:
+        self._engine = Engine(config, _worker_pool)
+        self._stop = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<MQTTClient {self.config.client_id!r} at {self.config.urls[0]}, {self.state.value}>"
+
+    # -- connection -------------------------------------------------------------------------
+
+    def connect(self, timeout: Timeout = DEFAULT) -> None:
+        """Connect and return when every registered subscription is acknowledged.
+
+        Retries until the time is up. From then on the connection is restored whenever it breaks.
+
+        Args:
+            timeout: Seconds; ``connect_timeout`` unless given, ``None`` waits for ever.
+
+        Raises:
+            ConnectRefusedError: The broker said no for good: wrong password, not authorised, bad client id.
+            ConnectError: No connection came about in time; nothing is left running.
+            SubscribeError: The broker refused some of the subscriptions. The client is connected.
+        """
+        self._engine.connect(seconds(timeout, self.config.connect_timeout))
+
+    def disconnect(self) -> None:
+        """Leave the broker; `connect` may follow.
+
+        Subscriptions stay registered, messages of QoS 1 and 2 that were not sent stay queued.
+        """
+        self._engine.disconnect()
+
+    def shutdown(self, timeout: Timeout = DEFAULT) -> None:
+        """Finish the handlers, flush QoS 1 and 2, say goodbye, join every thread.
+
+        Keeps to its time, whatever state the broker is in. What could not be flushed is counted
+        and logged, its receipts fail with `ClosedError`. Idempotent; `connect` may follow.
+
+        Args:
+            timeout: Seconds; ``shutdown_timeout`` unless given.
+        """
+        self._stop.set()
+        limit = seconds(timeout, self.config.shutdown_timeout)
+        self._engine.shutdown(threading.TIMEOUT_MAX if limit is None else limit)
+
+    def __enter__(self) -> Self:
+        try:
+            self.connect()
+        except BaseException:
+            self.shutdown()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def run(self) -> None:
+        """Connect if needed, serve until SIGINT or SIGTERM, then shut down.
+
+        On a thread other than the main one, where Python delivers no signals, until `shutdown`.
+        """
+        self._stop.clear()
+        with _on_signals(self._stop.set):
+            try:
+                self.connect()
+                # On Windows an untimed wait cannot be interrupted by a signal.
+                while not self._stop.wait(1.0):
+                    pass
+            finally:
+                self.shutdown()
+
+    def wait_connected(self, timeout: float | None = None) -> bool:
+        """Wait for the connection; False when the time ran out first."""
+        self._engine.check()
+        return self._engine.state.wait(lambda state: state is ConnectionState.CONNECTED, seconds(timeout, 0.0))
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up and the subscriptions acknowledged."""
+        return self.state is ConnectionState.CONNECTED
+
+    @property
+    def state(self) -> ConnectionState:
+        """Where the client stands."""
+        return self._engine.state.value
+
+    @property
+    def config(self) -> MQTTClientConfig:
+        """The settings."""
+        return self._engine.config
+
+    @property
+    def client(self) -> Any:
+        """The underlying paho-mqtt client, for what is not wrapped here.
+
+        Its ``publish``, ``subscribe`` and message callbacks work beside ours; ``on_message`` gets
+        what none of our subscriptions matches. Leave its ``on_connect``, ``on_disconnect``,
+        ``on_subscribe``, ``on_unsubscribe`` and ``on_socket_*`` alone, and its loop functions.
+        The object may change with a `connect`, when the broker speaks another version of MQTT.
+        """
+        return self._engine.client
+
+    def stats(self) -> Stats:
+        """A snapshot of the client's counters."""
+        return self._engine.stats()
+
+    # -- publishing -------------------------------------------------------------------------
+
+    def publish_event(
+        self,
+        topic: str,
+        event_type: str,
+        data: Any,
+        *,
+        correlation_id: str | None = None,
+        qos: int = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> str:
+        """Publish *data* in an `Envelope` and return its id.
+
+        QoS 0 returns when the message is handed to the network, QoS 1 and 2 when the broker has
+        acknowledged it; during an outage they wait in the queue and go out in order after it.
+
+        Args:
+            topic: Where it goes. No wildcards.
+            event_type: What happened, ``user.login`` for instance.
+            data: JSON-like data, an attrs, dataclass or pydantic object.
+            correlation_id: Links a response to its request.
+            timeout: Seconds for room in the queue and the acknowledgement together;
+                ``publish_timeout`` unless given, ``None`` waits for ever.
+
+        Raises:
+            TopicError, EncodeError: The input is wrong; nothing was sent.
+            NotConnectedError: QoS 0 during an outage, or `connect` was not called.
+            QueueFullError: No room came free in time; the message was not taken.
+            AckTimeoutError: No acknowledgement in time; the message is still on its way.
+            PublishRejectedError: The broker refused it.
+            ClosedError: The client was shut down.
+        """
+        limit = seconds(timeout, self.config.publish_timeout)
+        started = time.monotonic()
+        receipt = self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, limit)
+        if qos:
+            receipt.result(_rest(limit, started))
+        return receipt.envelope_id or ""
+
+    def submit_event(
+        self,
+        topic: str,
+        event_type: str,
+        data: Any,
+        *,
+        correlation_id: str | None = None,
+        qos: int = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> PublishReceipt:
+        """Publish like `publish_event`, without waiting for the broker.
+
+        Args:
+            timeout: Seconds to wait for room in the queue; ``publish_timeout`` unless given,
+                ``None`` waits for ever, ``0`` not at all.
+
+        Returns:
+            The receipt: done when the broker has acknowledged, for QoS 0 at once.
+
+        Raises:
+            TopicError, EncodeError, NotConnectedError, QueueFullError, ClosedError: As `publish_event`.
+        """
+        return self._engine.submit_event(
+            topic,
+            event_type,
+            data,
+            correlation_id,
+            qos,
+            retain,
+            seconds(timeout, self.config.publish_timeout),
+        )
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes | str,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> None:
+        """Publish raw bytes, or text as UTF-8, without an envelope. Waits and raises as `publish_event`."""
+        limit = seconds(timeout, self.config.publish_timeout)
+        started = time.monotonic()
+        self._engine.submit(topic, payload, qos, retain, limit).result(_rest(limit, started))
+
+    def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
+        """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``.
+
+        Does nothing without ``enable_health``, and says so once as a warning.
+
+        Raises:
+            NotConnectedError, QueueFullError, AckTimeoutError, ClosedError: As `publish_event`.
+        """
+        receipt = self._engine.health.publish(ok, event, error, self.config.publish_timeout)
+        if receipt is not None:
+            receipt.result(self.config.publish_timeout)
+
+    # -- subscribing ------------------------------------------------------------------------
+
+    def subscribe(
+        self,
+        topic: str,
+        handler: Callable[[Any], Any],
+        qos: int = 0,
+        *,
+        concurrency: int | None = None,
+        order_by: OrderBy = None,
+        timeout: Timeout = DEFAULT,
+    ) -> Subscription:
+        """Have *handler* called with each message that matches.
+
+        What the handler gets follows from its first parameter's annotation: ``bytes`` or none, the
+        payload; `Message`; `Envelope`; or an attrs, dataclass or pydantic class, the envelope's
+        data as that. One subscription's messages are handled in order, one at a time, on a worker
+        thread. QoS 1 and 2 are acknowledged after the handler.
+
+        Before `connect`, and during an outage, the subscription is registered and made later.
+
+        Args:
+            topic: A filter: ``+`` and ``#`` as in the standard, ``$share/group/filter`` too.
+            handler: A plain function. What it raises is logged and counted.
+            concurrency: How many messages may be in work at once; 1 unless given, with *order_by*
+                as many as there are workers.
+            order_by: ``"topic"``, or a quick function of the `Message` (it runs on the network
+                thread): order is kept for each key, different keys go side by side.
+            timeout: Seconds to wait for the broker's word; ``connect_timeout`` unless given.
+
+        Raises:
+            TopicError: The filter is malformed.
+            TypeError: The handler is a coroutine function, or asks for what cannot be given.
+            SubscribeError: The broker refused, or did not answer in time; nothing stays registered.
+        """
+        if is_coroutine_function(handler):
+            raise TypeError(
+                f"{handler!r} is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"
+            )
+        return self._subscribe(
+            topic, qos, lambda number: self._handling(handler, number), concurrency, order_by, timeout
+        )[0]
+
+    def _handling(self, handler: Callable[[Any], Any], number: int) -> HandlerCall:
+        engine = self._engine
+        return HandlerCall(
+            handler, number, engine.counters, engine.deduplicator, self.config.correlation, self.config.client_id
+        )
+
+    def _subscribe(
+        self,
+        topic: str,
+        qos: int,
+        call: Callable[[int], HandlerCall | None],
+        concurrency: int | None,
+        order_by: OrderBy,
+        timeout: Timeout,
+    ) -> tuple[Subscription, Registration]:
+        engine = self._engine
+        limit = seconds(timeout, self.config.connect_timeout)
+        registration = engine.register(topic, qos, call, concurrency, order_by)
+        try:
+            engine.subscribe(registration).result(limit)
+        except TimeoutError:
+            engine.unregister(registration)
+            raise SubscribeError(
+                f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
+            ) from None
+        except SubscribeError as error:
+            engine.unregister(registration)
+            raise SubscribeError(str(error), error.refused) from error
+        return Subscription(engine, registration), registration
+
+    def on(
+        self,
+        topic: str,
+        qos: int = 0,
+        *,
+        concurrency: int | None = None,
+        order_by: Literal["topic"] | Callable[[Message], Hashable] | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> Callable[[HandlerT], HandlerT]:
+        """Decorator form of `subscribe`; usable before `connect`."""
+
+        def decorate(handler: HandlerT) -> HandlerT:
+            self.subscribe(topic, handler, qos, concurrency=concurrency, order_by=order_by, timeout=timeout)
+            return handler
+
+        return decorate
+
+    def messages(self, topic: str, qos: int = 0) -> MessageIterator:
+        """Subscribe, and iterate over the messages.
+
+        The buffer is bounded by ``max_pending``, as for handlers. A message of QoS 1 or 2 is
+        acknowledged when the next one is asked for. The iteration ends with `MessageIterator.close`
+        and with `shutdown`.
+
+        Raises:
+            TopicError, SubscribeError: As `subscribe`.
+        """
+        subscription, registration = self._subscribe(topic, qos, lambda _: None, None, None, DEFAULT)
+        return MessageIterator(self._engine, subscription, registration.consumer)
+
+
+class Subscription:
+    """What `MQTTClient.subscribe` returns. A context manager: leaving it unsubscribes."""
+
+    def __init__(self, engine: Engine, registration: Registration) -> None:
+        self._engine = engine
+        self._registration = registration
+
+    @property
+    def topic(self) -> str:
+        """The filter."""
+        return self._registration.topic
+
+    @property
+    def qos(self) -> int:
+        """The QoS that was asked for."""
+        return self._registration.qos
+
+    @property
+    def active(self) -> bool:
+        """Whether the handler is still called."""
+        return not self._registration.consumer.closed
+
+    def unsubscribe(self, timeout: Timeout = DEFAULT) -> None:
+        """Stop; the handler is not called again, a call under way may still end. Idempotent.
+
+        Args:
+            timeout: Seconds to wait for the broker's word; ``connect_timeout`` unless given.
+        """
+        limit = seconds(timeout, self._engine.config.connect_timeout)
+        try:
+            self._engine.unregister(self._registration).result(limit)
+        except TimeoutError:
+            # Nobody is called any more; what the broker still sends is dropped.
+            return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unsubscribe()
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.topic!r}, qos {self.qos}, {'active' if self.active else 'ended'}>"
+
+
+class MessageIterator(Iterator[Message]):
+    """What `MQTTClient.messages` returns. A context manager: leaving it unsubscribes."""
+
+    def __init__(self, engine: Engine, subscription: Subscription, consumer: Consumer) -> None:
+        self._engine = engine
+        self._subscription = subscription
+        self._consumer = consumer
+        self._current: Delivery | None = None
+
+    def __next__(self) -> Message:
+        message = self.next(None)
+        if message is None:
+            raise StopIteration
+        return message
+
+    def next(self, timeout: float | None) -> Message | None:
+        """Return the next message; None once the iteration has ended.
+
+        Raises:
+            TimeoutError: None came in time.
+        """
+        self._finish_current()
+        self._current = self._engine.dispatcher.next(self._consumer, seconds(timeout, 0.0))
+        return None if self._current is None else self._current.message
+
+    def _finish_current(self) -> None:
+        current, self._current = self._current, None
+        if current is not None:
+            self._engine.dispatcher.finished(self._consumer, current)
+
+    def close(self) -> None:
+        """Acknowledge the last message, and unsubscribe."""
+        self._finish_current()
+        self._subscription.unsubscribe()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _worker_pool(config: MQTTClientConfig, counters: Counters, acknowledge: Callable[[], None]) -> WorkerPool:
+    return WorkerPool(config.workers, config.max_pending, counters, acknowledge, config.client_id)
+
+
+def _rest(limit: float | None, started: float) -> float | None:
+    return None if limit is None else max(0.0, limit - (time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def _on_signals(action: Callable[[], None]) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM call *action*; on other threads than the main one, nothing."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *_: action())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

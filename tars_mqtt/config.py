@@ -1,0 +1,371 @@
+"""The settings of a client: one frozen value, checked as a whole, from keywords or from the environment."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import os
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, Self, TypeAlias
+
+import attrs
+import cattrs
+
+from tars_mqtt.errors import ConfigError, TopicError
+from tars_mqtt.topics import check_topic
+from tars_mqtt.url import BrokerURL, parse_urls
+
+__all__ = ["MQTTClientConfig"]
+
+logger = logging.getLogger(__name__)
+
+_Path: TypeAlias = str | os.PathLike[str]
+_Rule: TypeAlias = Callable[[Any], str | None]  # what is wrong with a value, or None
+
+_MAX_BYTES: Final = 65_535  # of a string on the wire, by its length field of two bytes
+_LONGEST_WAIT: Final = 1_000_000.0  # eleven days; selectors count milliseconds in 32 bits, and overflow at 24
+_BOOLEANS: Final = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
+
+_converter = cattrs.Converter()
+_converter.register_structure_hook(bool, lambda text, _: _BOOLEANS[text.strip().lower()])
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _boolean(value: object) -> str | None:
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def _whole(low: int, high: float = math.inf) -> _Rule:
+    must = f"must be a whole number, at least {low:,}" + (f" and at most {high:,}" if high < math.inf else "")
+    return lambda value: None if _is_int(value) and low <= value <= high else must
+
+
+def _seconds(low: float, high: float = _LONGEST_WAIT, *, above: bool = False, whole: bool = False) -> _Rule:
+    number = "whole number" if whole else "number"
+    must = f"must be a {number} of seconds, {'above' if above else 'at least'} {low:,}"
+    if high < math.inf:
+        must += f" and at most {high:,.0f}"
+
+    def rule(value: object) -> str | None:
+        if not isinstance(value, float):
+            return must
+        if not math.isfinite(value):
+            return "must be a finite number"
+        inside = low <= value <= high and not (above and value == low)
+        return None if inside and (value.is_integer() or not whole) else must
+
+    return rule
+
+
+def _one_of(*choices: str) -> _Rule:
+    must = f"must be one of {', '.join(map(repr, choices))}"
+    return lambda value: None if isinstance(value, str) and value in choices else must
+
+
+def _text(forbidden: str, description: str, *, required: bool = False) -> _Rule:
+    """Text that goes on the wire; half of a surrogate pair cannot, whatever else is *forbidden*."""
+    pattern = re.compile(f"[{forbidden}\ud800-\udfff]")
+
+    def rule(value: object) -> str | None:
+        if value is None or value == "":
+            return "is required" if required else None
+        if not isinstance(value, str):
+            return "must be a str"
+        if pattern.search(value):
+            return f"must not contain {description}"
+        return None if len(value.encode()) <= _MAX_BYTES else f"must be at most {_MAX_BYTES:,} bytes long"
+
+    return rule
+
+
+_timeout = _seconds(0.0, above=True)
+_client_id = _text("\x00-\x1f\x7f-\x9f", "control characters or lone surrogates", required=True)
+_username = _text("\x00", "the character U+0000 or lone surrogates")
+_password = _text("", "lone surrogates")
+
+
+def _url(value: object) -> str | None:
+    if value is None or value == "":
+        return "is required: 'mqtt://localhost:1883', for instance"
+    if not isinstance(value, str):
+        return "must be a str"
+    try:
+        parse_urls(value)
+    except ValueError as error:
+        return f"is wrong: {error}"
+    return None
+
+
+def _source_name(value: object) -> str | None:
+    if not isinstance(value, str):
+        return "must be a str"
+    if not {"/", "+", "#"}.isdisjoint(value):
+        return "must be one topic level, without '/', '+', '#': set source_name, which else is the client_id"
+    try:
+        check_topic(f"system/keepalive/{value}")  # the longest of the topics that it becomes part of
+    except TopicError as error:
+        return f"must fit into a topic: {error}"
+    return None
+
+
+def _path(value: object) -> str | None:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if path is None or (isinstance(path, str) and path and "\0" not in path):
+        return None
+    return "must be a path: a str or a PathLike of str, not empty and without the character U+0000"
+
+
+def _as_float(value: Any) -> Any:
+    try:
+        return float(value) if _is_int(value) else value
+    except OverflowError:
+        return math.inf
+
+
+def _or_empty(name: str | None) -> str:
+    return "" if name is None else name
+
+
+def _redacted(urls: str) -> str:
+    try:
+        return repr(",".join(url.redacted for url in parse_urls(urls)))
+    except ValueError:  # a traceback that shows local variables may ask before the checks are through
+        return "<malformed>"
+
+
+def _about(variable: str, rule: _Rule, doc: str) -> dict[str, Any]:
+    """A field's metadata: its environment variable without the prefix, its rule, and a line for the docs."""
+    return {"env": variable, "rule": rule, "doc": doc}
+
+
+def _setting(default: object, variable: str, rule: _Rule, doc: str, *, secret: bool = False) -> Any:
+    return attrs.field(
+        default=default,
+        kw_only=True,
+        converter=_as_float if isinstance(default, float) else None,
+        repr=not secret,
+        metadata=_about(variable, rule, doc),
+    )
+
+
+def _flag(variable: str, doc: str) -> Any:
+    return attrs.field(default=False, kw_only=True, metadata=_about(variable, _boolean, doc))
+
+
+@attrs.frozen
+class MQTTClientConfig:
+    """All settings of a client; `attrs.evolve` makes a changed copy.
+
+    Durations are in seconds. ``attrs.fields(MQTTClientConfig)`` lists the settings; the metadata of each has
+    its environment variable without the prefix (``env``) and its description (``doc``).
+
+    Raises:
+        ConfigError: One or more settings are wrong; it names them all.
+    """
+
+    mqtt_url: str = attrs.field(
+        repr=_redacted, metadata=_about("URL", _url, "The broker, or several by commas, tried in turn")
+    )
+    client_id: str = attrs.field(metadata=_about("CLIENT_ID", _client_id, "Our name, unique at the broker"))
+    source_name: str = attrs.field(
+        default=None,
+        converter=_or_empty,
+        metadata=_about("SOURCE_NAME", _source_name, "Our name in envelopes and topics, else the client_id"),
+    )
+    enable_health: bool = _flag("ENABLE_HEALTH", "Publish a retained health status")
+    enable_heartbeat: bool = _flag("ENABLE_HEARTBEAT", "Publish a heartbeat")
+    heartbeat_interval: float = _setting(30.0, "HEARTBEAT_INTERVAL", _seconds(1.0), "Between two heartbeats")
+    dedupe_ttl: float = _setting(
+        0.0, "DEDUPE_TTL", _seconds(0.0, math.inf), "How long an envelope id is remembered; 0 is off"
+    )
+    dedupe_max_entries: int = _setting(
+        0, "DEDUPE_MAX_ENTRIES", _whole(0), "How many envelope ids are remembered; above 0 if dedupe_ttl is"
+    )
+    keepalive: int = _setting(60, "KEEPALIVE", _whole(1, 65_535), "Longest silence before the peer is probed")
+    reconnect_min_delay: float = _setting(
+        1.0, "RECONNECT_MIN_DELAY", _seconds(0.1), "First delay of an outage"
+    )
+    reconnect_max_delay: float = _setting(60.0, "RECONNECT_MAX_DELAY", _seconds(0.5), "Longest delay")
+    connect_timeout: float = _setting(10.0, "CONNECT_TIMEOUT", _timeout, "How long connecting may take")
+    publish_timeout: float = _setting(
+        30.0, "PUBLISH_TIMEOUT", _timeout, "How long a publish waits for its ack"
+    )
+    shutdown_timeout: float = _setting(10.0, "SHUTDOWN_TIMEOUT", _timeout, "How long a shutdown may take")
+    protocol: Literal["auto", "5", "3.1.1"] = _setting(
+        "auto", "PROTOCOL", _one_of("auto", "5", "3.1.1"), "5, 3.1.1, or auto: 5 where the broker has it"
+    )
+    session_expiry: float = _setting(
+        3600.0,
+        "SESSION_EXPIRY",
+        _seconds(0.0, 4_294_967_295.0, whole=True),
+        "How long the broker keeps our session while we are away; 0 is a clean session",
+    )
+    workers: int = _setting(8, "WORKERS", _whole(1, 1000), "Threads that run handlers")
+    max_inflight: int = _setting(64, "MAX_INFLIGHT", _whole(1, 65_535), "QoS 1/2 messages sent without ack")
+    max_queued: int = _setting(10_000, "MAX_QUEUED", _whole(1), "Outgoing messages held")
+    max_queued_bytes: int = _setting(2**26, "MAX_QUEUED_BYTES", _whole(1), "Bytes of outgoing messages held")
+    max_pending: int = _setting(10_000, "MAX_PENDING", _whole(1), "Incoming messages waiting for handlers")
+    correlation: Literal["field", "id"] = _setting(
+        "field", "CORRELATION", _one_of("field", "id"), "Where correlation ids go; id is the old form"
+    )
+    username: str | None = _setting(None, "USERNAME", _username, "Instead of the URL's user name")
+    password: str | None = _setting(None, "PASSWORD", _password, "Instead of the URL's password", secret=True)
+    password_file: _Path | None = attrs.field(
+        default=None,
+        kw_only=True,
+        metadata=_about("PASSWORD_FILE", _path, "File with the password, read at each connection attempt"),
+    )
+    tls_ca: _Path | None = attrs.field(
+        default=None, kw_only=True, metadata=_about("TLS_CA", _path, "PEM file of the CAs, not the system's")
+    )
+    tls_cert: _Path | None = attrs.field(
+        default=None, kw_only=True, metadata=_about("TLS_CERT", _path, "PEM file of our certificate")
+    )
+    tls_key: _Path | None = attrs.field(
+        default=None, kw_only=True, metadata=_about("TLS_KEY", _path, "PEM file of our certificate's key")
+    )
+    tls_insecure: bool = _flag("TLS_INSECURE", "Trust any certificate, an impostor's too")
+
+    def __attrs_post_init__(self) -> None:
+        if self.source_name == "":
+            object.__setattr__(self, "source_name", self.client_id)
+        if problems := _problems(self):
+            raise ConfigError(problems)
+
+    @classmethod
+    def from_env(
+        cls, prefix: str = "MQTT_", environ: Mapping[str, str] | None = None, **overrides: Any
+    ) -> Self:
+        """Read the settings from environment variables; an empty variable is an unset one.
+
+        Args:
+            prefix: What the names of the variables begin with.
+            environ: Where to look instead of `os.environ`.
+            overrides: Settings by field name, which win over the environment.
+
+        Raises:
+            ConfigError: One or more settings are wrong; it names them all, with their variables.
+        """
+        environ = os.environ if environ is None else environ
+        fields = attrs.fields(cls)
+        variables = {field.name: prefix + field.metadata["env"] for field in fields}
+        _warn_of_misspellings(environ, prefix, variables.values())
+        values: dict[str, Any] = {"mqtt_url": None, "client_id": None}
+        for field in fields:
+            if raw := environ.get(variables[field.name]):
+                values[field.name] = _structured(raw, type(field.default))
+        try:
+            return cls(**(values | overrides))
+        except ConfigError as error:
+            problems = [problem.split(" ", 1) for problem in error.problems]
+        variables |= dict.fromkeys(overrides, "given by keyword")
+        raise ConfigError([f"{name} ({variables[name]}) {problem}" for name, problem in problems])
+
+    @cached_property
+    def urls(self) -> tuple[BrokerURL, ...]:
+        """The brokers of `mqtt_url`, in the order in which they are tried."""
+        return parse_urls(self.mqtt_url)
+
+    def credentials(self, url: BrokerURL | None = None) -> tuple[str | None, str | None]:
+        """User name and password for *url*, the first of `urls` if None.
+
+        Reads ``password_file`` each time: whoever changes the password need not restart the service.
+
+        Raises:
+            ConfigError: The file cannot be read, or what it holds is no password.
+        """
+        url = self.urls[0] if url is None else url
+        username = url.username if self.username is None else self.username
+        if self.password_file is not None:
+            return username, _read_password(Path(self.password_file))
+        return username, url.password if self.password is None else self.password
+
+
+def _problems(config: MQTTClientConfig) -> list[str]:
+    """One sentence per wrong field; each begins with the name of the field."""
+    fields = attrs.fields(type(config))
+    found: dict[str, str] = {}
+    for field in fields:
+        value = getattr(config, field.name)
+        if problem := field.metadata["rule"](value):
+            quotable = field.repr is True and value is not None
+            found[field.name] = f"{problem} (got {reprlib.repr(value)})" if quotable else problem
+    if "client_id" in found and config.source_name is config.client_id:
+        found.pop("source_name", None)
+    conflicts = dict(_conflicts(config, found))
+    if "mqtt_url" not in found:
+        conflicts |= _url_conflicts(config)
+    found = conflicts | found
+    return [f"{field.name} {found[field.name]}" for field in fields if field.name in found]
+
+
+def _conflicts(config: MQTTClientConfig, found: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a field because of another; fields already *found* wrong are not compared."""
+    sound = found.keys().isdisjoint
+    ttl, entries = config.dedupe_ttl, config.dedupe_max_entries
+    if sound(("dedupe_ttl", "dedupe_max_entries")) and ttl > 0 and entries == 0:
+        yield "dedupe_max_entries", "must be above 0 when dedupe_ttl is"
+    low, high = config.reconnect_min_delay, config.reconnect_max_delay
+    if sound(("reconnect_min_delay", "reconnect_max_delay")) and high < low:
+        yield "reconnect_max_delay", f"must not be below reconnect_min_delay (got {high} and {low})"
+    if config.password is not None and config.password_file is not None:
+        yield "password_file", "and password are both set: keep one of them"
+    if (config.tls_cert is None) != (config.tls_key is None):
+        missing = "tls_cert" if config.tls_cert is None else "tls_key"
+        yield missing, "is missing: tls_cert and tls_key go together"
+
+
+def _url_conflicts(config: MQTTClientConfig) -> Iterator[tuple[str, str]]:
+    if not any(url.tls for url in config.urls):
+        for name in ("tls_ca", "tls_cert", "tls_key", "tls_insecure"):
+            if getattr(config, name) not in (None, False):
+                yield name, "is for TLS: write mqtts:// or wss:// in mqtt_url, or remove it"
+    if config.username is None and config.protocol != "5":  # [MQTT-3.1.2-22] of 3.1.1
+        ours = config.password is not None or config.password_file is not None
+        if any(url.username is None and (ours or url.password is not None) for url in config.urls):
+            yield "username", "is required with a password, unless protocol is '5'"
+
+
+def _structured(raw: str, wanted: type) -> Any:
+    """A number or a boolean as such; what is neither stays a str, and the field's rule says so."""
+    if wanted not in (bool, int, float):
+        return raw
+    try:
+        return _converter.structure(raw, wanted)
+    except (KeyError, ValueError):
+        return raw
+
+
+def _warn_of_misspellings(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> None:
+    suffixes = [name.removeprefix(prefix) for name in known]  # the prefix would make all look alike
+    for name in environ:
+        if name.startswith(prefix) and name not in known:
+            for close in difflib.get_close_matches(name.removeprefix(prefix), suffixes, n=1, cutoff=0.8):
+                logger.warning("ignored the environment variable %s: did you mean %s?", name, prefix + close)
+
+
+def _read_password(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 3)  # room for the end of the line, and one byte too many
+    except OSError as error:
+        raise ConfigError([f"password_file {str(path)!r} cannot be read: {error.strerror}"]) from error
+    data = data.removesuffix(b"\n").removesuffix(b"\r")
+    password = data.decode(errors="replace")  # strict, the error would carry the password
+    problem = _password(password) if data else "must not be empty"
+    if not problem and password.encode() != data:
+        problem = "must be UTF-8"
+    if problem:
+        raise ConfigError([f"password_file {str(path)!r}: its content {problem}"])
+    return password

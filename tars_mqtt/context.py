@@ -1,0 +1,42 @@
+"""Which message is being handled: for log lines that say so by themselves."""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+
+from tars_mqtt.errors import DecodeError
+from tars_mqtt.message import Message
+
+__all__ = ["EnvelopeLogFilter", "current_message"]
+
+current_message: ContextVar[Message | None] = ContextVar("current_message", default=None)
+"""The message whose handler is running, here or in what it called; None elsewhere."""
+
+
+class EnvelopeLogFilter(logging.Filter):
+    """Adds ``topic``, ``envelope_id`` and ``correlation_id`` of the current message to log records.
+
+    Fields that a record has already stay; outside a handler they are None. The envelope is decoded
+    only when a record passes by::
+
+        handler.addFilter(EnvelopeLogFilter())
+        handler.setFormatter(logging.Formatter("%(message)s [%(envelope_id)s]"))
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass, with the fields added."""
+        message = current_message.get()
+        fields: dict[str, str | None] = {"topic": None, "envelope_id": None, "correlation_id": None}
+        if message is not None:
+            fields["topic"] = message.topic
+            try:
+                envelope = message.envelope
+            except DecodeError:
+                pass
+            else:
+                fields |= {"envelope_id": envelope.id, "correlation_id": envelope.correlation_id}
+        for name, value in fields.items():
+            if not hasattr(record, name):
+                setattr(record, name, value)
+        return True

@@ -1,0 +1,73 @@
+"""Handling each message once: which ids are in work, and which were handled lately."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+__all__ = ["MessageDeduplicator"]
+
+
+class MessageDeduplicator:
+    """Remembers keys for a time, least recently seen forgotten first. Any thread.
+
+    A key is *claimed* when its handling begins, *kept* when it succeeded and *released* when it
+    failed, so that a redelivery after a failure is handled. A claimed key is never forgotten; a kept
+    one when *ttl* seconds have passed since it was kept, however often it was met in between.
+
+    Args:
+        ttl: Seconds, above 0.
+        max_entries: How many kept keys are remembered, above 0.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, ttl: float, max_entries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        if not ttl > 0:
+            raise ValueError(f"ttl must be above 0, not {ttl!r}")
+        if max_entries < 1:
+            raise ValueError(f"max_entries must be at least 1, not {max_entries!r}")
+        self._ttl = ttl
+        self._max_entries = max_entries
+        self._clock = clock
+        # Guarded by _lock:
+        self._lock = threading.Lock()
+        self._claimed: set[Hashable] = set()
+        self._kept: OrderedDict[Hashable, float] = OrderedDict()
+
+    def claim(self, key: Hashable) -> bool:
+        """Claim *key*; False when it is in work, or was handled lately."""
+        with self._lock:
+            if key in self._claimed:
+                return False
+            expiry = self._kept.get(key)
+            if expiry is not None:
+                if self._clock() < expiry:
+                    self._kept.move_to_end(key)
+                    return False
+                del self._kept[key]
+            self._claimed.add(key)
+            return True
+
+    def keep(self, key: Hashable) -> None:
+        """The key is handled: remember it."""
+        with self._lock:
+            self._claimed.discard(key)
+            self._kept[key] = self._clock() + self._ttl
+            self._kept.move_to_end(key)
+            if len(self._kept) > self._max_entries:
+                self._kept.popitem(last=False)
+
+    def release(self, key: Hashable) -> None:
+        """The handling failed: the next one may claim it."""
+        with self._lock:
+            self._claimed.discard(key)
+
+    def clear(self) -> None:
+        """Forget what was kept; what is claimed stays claimed."""
+        with self._lock:
+            self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._claimed) + len(self._kept)

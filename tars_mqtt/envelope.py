@@ -1,0 +1,272 @@
+"""The envelope around every event.
+
+On the wire it is a JSON object of five keys, and of a sixth, ``correlation_id``, only when one was given::
+
+    {"id": "<32 hex digits>", "type": "user.login", "ts": 1729123456.789, "source": "auth", "data": {...}}
+
+What is written can be read back: both directions refuse NaN and infinity, lone surrogates, and more than
+``MAX_DEPTH`` levels of nesting. No error message quotes a payload, for payloads do not belong in logs.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import re
+import sys
+from collections.abc import Hashable
+from hashlib import blake2b
+from operator import itemgetter
+from time import time as wall_clock
+from typing import Any, Literal, TypeVar
+
+import attrs
+import ujson
+
+from tars_mqtt.data import MAX_DEPTH, converter, fit, is_plain, json_name, plain, simplify
+from tars_mqtt.errors import DecodeError, EncodeError
+
+__all__ = ["CorrelationMode", "Envelope", "converter", "encode_event"]
+
+CorrelationMode = Literal["field", "id"]
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Envelope:
+    """One event as it travels.
+
+    Attributes:
+        id: A random UUID in hex. In the old form (``correlation="id"``) the correlation id stands in its place.
+        type: What happened, ``user.login`` for instance.
+        ts: When the envelope was made, in seconds of Unix time.
+        source: Who made it.
+        data: What it says, as plain JSON: a dict, list, str, int, float, bool or None.
+        correlation_id: What it answers, or belongs to.
+    """
+
+    id: str
+    type: str
+    ts: float
+    source: str
+    data: Any = attrs.field(hash=False, repr=lambda data: f"<{json_name(data)}>")
+    correlation_id: str | None = None
+
+    @classmethod
+    def new(
+        cls,
+        type: str,  # noqa: A002 - the name on the wire
+        data: object,
+        source: str = "",
+        correlation_id: str | None = None,
+    ) -> Envelope:
+        """Make an envelope with a fresh id and the current time.
+
+        Args:
+            type: What happened; not empty.
+            data: Anything that :func:`plain` takes. What is plain JSON already is kept, not copied.
+            source: Who says so.
+            correlation_id: What it answers, or belongs to.
+
+        Raises:
+            EncodeError: The data cannot be written as JSON, or another argument is not a string.
+        """
+        envelope = cls(_new_id(), type, wall_clock(), source, plain(data), correlation_id)
+        if problem := _header_problem(envelope._document()):
+            raise EncodeError(f"the envelope {problem}", "envelope")
+        return envelope
+
+    @classmethod
+    def from_bytes(cls, payload: bytes | bytearray | memoryview | str) -> Envelope:
+        """Read an envelope. Unknown keys are ignored.
+
+        Raises:
+            DecodeError: The payload is not an envelope. There is no payload that raises anything else.
+        """
+        raw = payload if isinstance(payload, bytes) else _as_bytes(payload)
+        try:
+            document = ujson.loads(raw)
+        except (ValueError, OverflowError, RecursionError, MemoryError) as error:
+            reason = (
+                str(error)
+                if isinstance(error, ujson.JSONDecodeError)
+                else "a number or a nesting out of range"
+            )
+            raise DecodeError(f"the payload of {len(raw)} bytes is not JSON: {reason}") from None
+        if problem := _header_problem(document):
+            raise DecodeError(f"the payload of {len(raw)} bytes is not an envelope: it {problem}")
+        # Either an escape, or bytes that ujson takes although they are not UTF-8.
+        if (0x5C in raw or 0xED in raw) and _SURROGATE(raw) and not _is_encodable(document):
+            raise DecodeError(f"the payload of {len(raw)} bytes is not JSON: half of a surrogate pair")
+        data = document["data"]
+        if not is_plain(data):
+            raise DecodeError(
+                f"the data in the payload of {len(raw)} bytes is nested deeper than {MAX_DEPTH} levels, "
+                "or holds a number that is no finite double"
+            )
+        return cls(
+            document["id"],
+            document["type"],
+            float(document["ts"]),
+            document["source"],
+            data,
+            document.get("correlation_id"),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Write the envelope.
+
+        Raises:
+            EncodeError: It cannot be written as JSON.
+        """
+        return _write(self._document())
+
+    def data_as(self, model: builtins.type[T]) -> T:
+        """Return the data as an instance of *model*.
+
+        Unknown keys are ignored. For attrs classes and dataclasses the types are JSON's, and nothing is
+        guessed: a number is not read from a string, nor a list from an object. Dates and times are read from
+        ISO 8601, a timedelta from seconds, a Decimal from a string or a number.
+
+        Args:
+            model: A pydantic model (whatever has ``model_validate``), an attrs class, a dataclass, or any
+                type that :data:`converter` can structure, ``dict[str, list[int]]`` for instance.
+
+        Raises:
+            DecodeError: The data does not fit. The sentence names the field.
+        """
+        return fit(self.data, model)
+
+    def dedup_key(self, mode: CorrelationMode) -> Hashable:
+        """Return what this envelope has in common with a repetition of itself, and with nothing else.
+
+        That is the id; where correlation ids stand in its place and so repeat on purpose, type and data too.
+        """
+        if mode == "field":
+            return self.id
+        text = ujson.dumps(self.data, ensure_ascii=False, sort_keys=True)
+        return self.id, self.type, blake2b(text.encode(), digest_size=16).digest()
+
+    def _document(self) -> dict[str, Any]:
+        document = {"id": self.id, "type": self.type, "ts": self.ts, "source": self.source, "data": self.data}
+        if self.correlation_id is not None:
+            document["correlation_id"] = self.correlation_id
+        return document
+
+
+def encode_event(
+    event_type: str,
+    data: object,
+    source: str,
+    correlation_id: str | None = None,
+    correlation_mode: CorrelationMode = "field",
+) -> tuple[str, bytes]:
+    """Return the id and the bytes of a new envelope, without making an :class:`Envelope` on the way.
+
+    Raises:
+        EncodeError: The data cannot be written as JSON, or another argument is not a string.
+    """
+    envelope_id = _new_id()
+    document = {"id": envelope_id, "type": event_type, "ts": wall_clock(), "source": source, "data": data}
+    if correlation_id is not None:
+        if correlation_mode == "field":
+            document["correlation_id"] = correlation_id
+        elif correlation_id:
+            document["id"] = envelope_id = correlation_id
+    return envelope_id, _write(document)
+
+
+def _write(document: dict[str, Any]) -> bytes:
+    if problem := _header_problem(document):
+        raise EncodeError(f"the envelope {problem}", "envelope")
+    data = document["data"]
+    document["data"] = plain(data)
+    try:
+        return ujson.dumps(
+            document, ensure_ascii=False, escape_forward_slashes=False, allow_nan=False
+        ).encode()
+    except (TypeError, ValueError, OverflowError):
+        # A lone surrogate or an endless integer. The walk says where, unless it is in another key than data.
+        simplify(data)
+        raise EncodeError(
+            "type, source or correlation id holds half of a surrogate pair", "envelope"
+        ) from None
+
+
+_HEADER = itemgetter("id", "type", "ts", "source", "data")
+_EXPECTED = {
+    "id": "a string that is not empty",
+    "type": "a string that is not empty",
+    "ts": "a finite number",
+    "source": "a string",
+    "correlation_id": "a string or null",
+}
+_LARGEST = sys.float_info.max
+
+
+def _header_problem(document: Any) -> str | None:
+    """Say what is wrong with an envelope, its data apart."""
+    if document.__class__ is not dict:
+        return f"is {json_name(document)} and not an object"
+    try:
+        envelope_id, event_type, ts, source, _ = _HEADER(document)
+    except KeyError as missing:
+        return f"has no key {missing}"
+    correlation_id = document.get("correlation_id")
+    if not envelope_id or not isinstance(envelope_id, str):
+        wrong = "id"
+    elif not event_type or not isinstance(event_type, str):
+        wrong = "type"
+    elif (ts.__class__ is not float and ts.__class__ is not int) or not -_LARGEST <= ts <= _LARGEST:
+        wrong = "ts"
+    elif not isinstance(source, str):
+        wrong = "source"
+    elif correlation_id is not None and not isinstance(correlation_id, str):
+        wrong = "correlation_id"
+    else:
+        return None
+    return f"has {json_name(document[wrong])} under {wrong!r}, which must be {_EXPECTED[wrong]}"
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]").search
+
+
+def _is_encodable(document: object) -> bool:
+    try:
+        ujson.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _as_bytes(payload: bytearray | memoryview | str) -> bytes:
+    if not isinstance(payload, str):
+        return bytes(memoryview(payload))
+    try:
+        return payload.encode()
+    except UnicodeEncodeError:
+        raise DecodeError(f"the text of {len(payload)} characters holds half of a surrogate pair") from None
+
+
+# -- ids ------------------------------------------------------------------------------------------
+
+_ids: list[str] = []  # made ahead, since a call of os.urandom costs more than an id
+_IDS_AHEAD = 64
+_VARIANT = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}
+
+if hasattr(os, "register_at_fork"):
+    # Otherwise parent and child would give out the same ids.
+    os.register_at_fork(after_in_child=_ids.clear)
+
+
+def _new_id() -> str:
+    """Return the hex digits of a random UUID (version 4). Any thread: ``list.pop`` hands out each id once."""
+    while True:
+        try:
+            return _ids.pop()
+        except IndexError:
+            digits = os.urandom(16 * _IDS_AHEAD).hex()
+            _ids.extend(
+                f"{digits[i : i + 12]}4{digits[i + 13 : i + 16]}{_VARIANT[digits[i + 16]]}{digits[i + 17 : i + 32]}"
+                for i in range(0, len(digits), 32)
+            )

@@ -1,0 +1,120 @@
+"""Health, heartbeat and last will: what others learn of this service without asking."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+from tars_mqtt._core.outbound import Outgoing
+from tars_mqtt._core.transport import Will
+from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.envelope import encode_event
+from tars_mqtt.errors import NotConnectedError, QueueFullError
+from tars_mqtt.message import PublishReceipt
+from tars_mqtt.payload import HealthPayload, HeartbeatPayload
+
+logger = logging.getLogger("tars_mqtt.health")
+
+HEALTH_TYPE = "health.status"
+HEARTBEAT_TYPE = "health.heartbeat"
+
+
+class Health:
+    """Publishes the retained health status and the heartbeat of one client.
+
+    `will`, `ready` and `tick` run on the network thread and do not block, the rest on any thread.
+
+    Args:
+        send: Queues a message: ahead of all others, or else waiting so many seconds for room.
+    """
+
+    def __init__(self, config: MQTTClientConfig, send: Callable[[Outgoing, bool, float], None]) -> None:
+        self._config = config
+        self._send = send
+        self._health_topic = f"system/health/{config.source_name}"
+        self._heartbeat_topic = f"system/keepalive/{config.source_name}"
+        self._warned = False
+        self._state: HealthPayload | None = None
+        # Owned by the network thread:
+        self._next_heartbeat = float("inf")
+        self._repeat_at = float("inf")
+
+    # -- network thread ---------------------------------------------------------------------
+
+    def will(self) -> Will | None:
+        """The last will: a killed process is seen as unhealthy once its keepalive has run out."""
+        if not self._config.enable_health:
+            return None
+        _, payload = self._encode(HEALTH_TYPE, HealthPayload(ok=False, event="connection_lost").to_data())
+        return Will(self._health_topic, payload, qos=1, retain=True)
+
+    def ready(self, first: bool) -> None:
+        """Publish that the service is up."""
+        now = time.monotonic()
+        if self._config.enable_health:
+            self._publish(HealthPayload(ok=True, event="ready" if first else "reconnected"))
+            # By then the broker has given up any older connection of ours, whose will says we are dead.
+            self._repeat_at = float("inf") if first else now + 1.5 * self._config.keepalive
+        if self._config.enable_heartbeat:
+            self._next_heartbeat = now + self._config.heartbeat_interval
+
+    def tick(self, now: float) -> float:
+        """Publish what is due; returns when something is due next."""
+        if now >= self._next_heartbeat:
+            self._beat()
+            # Counted from now: after a pause there is one heartbeat, not one for each that was missed.
+            self._next_heartbeat = now + self._config.heartbeat_interval
+        if now >= self._repeat_at:
+            self._repeat_at = float("inf")
+            if self._state is not None:
+                self._publish(self._state.at(time.time()))
+        return min(self._next_heartbeat, self._repeat_at)
+
+    def _beat(self) -> None:
+        envelope_id, payload = self._encode(HEARTBEAT_TYPE, HeartbeatPayload().to_data())
+        receipt = PublishReceipt(envelope_id, self._heartbeat_topic, 0)
+        # One that cannot go out now is missed, as it should be.
+        with contextlib.suppress(NotConnectedError, QueueFullError):
+            self._send(Outgoing(self._heartbeat_topic.encode(), payload, 0, False, receipt), False, 0.0)
+
+    # -- any thread -------------------------------------------------------------------------
+
+    def publish(
+        self, ok: bool, event: str | None, error: str | None, timeout: float
+    ) -> PublishReceipt | None:
+        """Publish the state that the service gives itself; None without ``enable_health``.
+
+        Args:
+            timeout: Seconds to wait for room in the queue.
+        """
+        if not self._config.enable_health:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "publish_health does nothing: enable_health is off",
+                    extra={"client_id": self._config.client_id},
+                )
+            return None
+        return self._publish(HealthPayload(ok=ok, event=event, error=error), timeout=timeout)
+
+    def goodbye(self, event: str) -> PublishReceipt | None:
+        """Publish that the service leaves on purpose."""
+        if not self._config.enable_health:
+            return None
+        return self._publish(HealthPayload(ok=False, event=event))
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _publish(self, state: HealthPayload, timeout: float | None = None) -> PublishReceipt:
+        """Queue a state; without a timeout ahead of everything else, room or not."""
+        self._state = state
+        envelope_id, payload = self._encode(HEALTH_TYPE, state.to_data())
+        receipt = PublishReceipt(envelope_id, self._health_topic, 1)
+        message = Outgoing(self._health_topic.encode(), payload, 1, True, receipt)
+        self._send(message, timeout is None, timeout or 0.0)
+        return receipt
+
+    def _encode(self, event_type: str, data: dict[str, object]) -> tuple[str, bytes]:
+        return encode_event(event_type, data, self._config.source_name, None, "field")

@@ -1,0 +1,218 @@
+"""What a handler gets (`Message`), and what a publish gives (`PublishReceipt`)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
+from types import MappingProxyType
+from typing import Any, Self, TypeVar
+
+from tars_mqtt._core import wire
+from tars_mqtt.envelope import Envelope
+from tars_mqtt.errors import AckTimeoutError, DecodeError
+
+__all__ = ["Message", "PublishReceipt"]
+
+logger = logging.getLogger("tars_mqtt.publish")
+
+T = TypeVar("T")
+
+
+class Message:
+    """One message as it arrived; shared by all handlers that it matches, so not to be changed.
+
+    Attributes:
+        topic: Where it was published.
+        payload: The bytes.
+        qos: 0, 1 or 2, as delivered.
+        retain: Whether the broker had kept it, from before the subscription.
+        dup: Whether the broker says that it sends it again.
+    """
+
+    __slots__ = ("_envelope", "_raw_properties", "dup", "payload", "qos", "retain", "topic")
+
+    def __init__(
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int = 0,
+        retain: bool = False,
+        dup: bool = False,
+        raw_properties: bytes = b"",
+    ) -> None:
+        self.topic = topic
+        self.payload = payload
+        self.qos = qos
+        self.retain = retain
+        self.dup = dup
+        self._raw_properties = raw_properties
+        self._envelope: Envelope | str | None = None
+
+    @property
+    def properties(self) -> Mapping[str, object]:
+        """The properties of MQTT 5, by the names of the standard in snake_case; empty in MQTT 3.1.1."""
+        return MappingProxyType(wire.decode_properties(self._raw_properties) if self._raw_properties else {})
+
+    @property
+    def envelope(self) -> Envelope:
+        """The payload as an envelope; decoded once.
+
+        Raises:
+            DecodeError: It is none.
+        """
+        # Two threads may both decode it: the results are equal, and either may stay.
+        envelope = self._envelope
+        if envelope is None:
+            try:
+                envelope = Envelope.from_bytes(self.payload)
+            except DecodeError as error:
+                envelope = str(error)
+            self._envelope = envelope
+        if isinstance(envelope, str):
+            raise DecodeError(envelope)
+        return envelope
+
+    def data_as(self, model: type[T]) -> T:
+        """The envelope's data as an instance of *model*; see `Envelope.data_as`."""
+        return self.envelope.data_as(model)
+
+    def __repr__(self) -> str:
+        retained = ", retained" if self.retain else ""
+        return f"<Message on {self.topic!r}, {len(self.payload)} bytes, qos {self.qos}{retained}>"
+
+
+_PENDING, _SENT, _DONE, _CANCELLED = range(4)
+
+
+class PublishReceipt:
+    """Tells what became of one outgoing message. Any thread.
+
+    Attributes:
+        envelope_id: The id of the envelope; None for a raw publish.
+        topic: Where the message goes.
+        qos: 0, 1 or 2.
+    """
+
+    __slots__ = ("_callbacks", "_error", "_state", "envelope_id", "qos", "topic")
+
+    # One lock for all receipts: it is held for a few steps, and a lock each would be most of their size.
+    _lock = threading.Lock()
+
+    def __init__(self, envelope_id: str | None, topic: str, qos: int) -> None:
+        self.envelope_id = envelope_id
+        self.topic = topic
+        self.qos = qos
+        self._state = _PENDING
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[PublishReceipt], None]] | None = None
+
+    @classmethod
+    def settled(cls, envelope_id: str | None, topic: str, qos: int) -> Self:
+        """A receipt whose message is on its way and needs no acknowledgement."""
+        receipt = cls(envelope_id, topic, qos)
+        receipt._state = _DONE
+        return receipt
+
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self._state >= _DONE
+
+    def cancelled(self) -> bool:
+        """Whether the message was taken back."""
+        return self._state == _CANCELLED
+
+    def cancel(self) -> bool:
+        """Take the message back while it is unsent; False when it is too late."""
+        if not self._advance(_CANCELLED, only_from=(_PENDING,)):
+            return self._state == _CANCELLED
+        return True
+
+    def result(self, timeout: float | None = None) -> str | None:
+        """Wait for the broker's acknowledgement and return the envelope's id.
+
+        Args:
+            timeout: Seconds; None waits for ever, 0 does not wait.
+
+        Raises:
+            AckTimeoutError: It did not come in time; the message is still on its way.
+            PublishRejectedError, ClosedError: There will be none.
+            concurrent.futures.CancelledError: The message was taken back.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            # Waiters on other threads raise it, too: each gets its own traceback.
+            raise copy.copy(error) from error
+        return self.envelope_id
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait, and return what went wrong; None if nothing did.
+
+        Raises:
+            AckTimeoutError: Nothing is known in time.
+            concurrent.futures.CancelledError: The message was taken back.
+        """
+        if self._state < _DONE and not self._wait(timeout):
+            raise AckTimeoutError(
+                f"no acknowledgement for the message to {self.topic!r} within {timeout:g} s; "
+                "it is still on its way, the receipt will tell",
+                self,
+            )
+        if self._state == _CANCELLED:
+            raise CancelledError(f"the message to {self.topic!r} was taken back")
+        return self._error
+
+    def _wait(self, timeout: float | None) -> bool:
+        if timeout is not None and timeout <= 0:
+            return False
+        told = threading.Lock()
+        told.acquire()
+        self._add_done_callback(lambda _: told.release())
+        told.acquire(timeout=-1 if timeout is None else timeout)
+        return self.done()
+
+    def __repr__(self) -> str:
+        state = ("queued", "sent", "failed" if self._error else "done", "cancelled")[self._state]
+        return f"<PublishReceipt {self.envelope_id or ''} to {self.topic!r}, qos {self.qos}, {state}>"
+
+    # -- for the engine -----------------------------------------------------------------------
+
+    def _add_done_callback(self, callback: Callable[[PublishReceipt], None]) -> None:
+        """Have *callback* called once it is done, at once if it is; on the thread that settles it."""
+        with self._lock:
+            if self._state < _DONE:
+                if self._callbacks is None:
+                    self._callbacks = []
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def _mark_sent(self) -> bool:
+        """The message is about to be sent; False when it was taken back before."""
+        return self._advance(_SENT, only_from=(_PENDING,))
+
+    def _settle(self) -> None:
+        """The broker has it."""
+        self._advance(_DONE)
+
+    def _fail(self, error: BaseException) -> None:
+        """There will be no acknowledgement."""
+        self._advance(_DONE, error)
+
+    def _advance(
+        self, state: int, error: BaseException | None = None, only_from: tuple[int, ...] = (_PENDING, _SENT)
+    ) -> bool:
+        with self._lock:
+            if self._state not in only_from:
+                return False
+            self._error = error
+            self._state = state
+            callbacks = self._callbacks
+            if state != _SENT:
+                self._callbacks = None
+        if callbacks and state != _SENT:
+            for callback in callbacks:
+                callback(self)
+        return True

@@ -1,0 +1,46 @@
+"""The data of the events that a client publishes about itself."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen
+class HealthPayload:
+    """How a service is: the data of ``health.status``.
+
+    Attributes:
+        ok: Whether it works.
+        event: What happened: ``ready``, ``reconnected``, ``shutdown``, ``connection_lost``, or its own word.
+        error: What is wrong.
+        timestamp: Unix time in seconds.
+    """
+
+    ok: bool
+    event: str | None = None
+    error: str | None = None
+    timestamp: float = attrs.field(factory=time.time)
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON data; keys that say nothing are left out."""
+        return attrs.asdict(self, filter=lambda _, value: value is not None)
+
+    def at(self, timestamp: float) -> HealthPayload:
+        """The same at another time."""
+        return attrs.evolve(self, timestamp=timestamp)
+
+
+@attrs.frozen
+class HeartbeatPayload:
+    """A sign of life: the data of ``health.heartbeat``."""
+
+    ok: bool = True
+    event: str = "heartbeat"
+    timestamp: float = attrs.field(factory=time.time)
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON data."""
+        return attrs.asdict(self)

@@ -1,0 +1,593 @@
+"""The packets that carry messages: the same bytes as paho's, and no input that does harm."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from paho.mqtt import _packet
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties, VariableByteIntegers
+from paho.mqtt.reasoncodes import ReasonCode
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.wire import MAX_REMAINING_LENGTH, MalformedPacketError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+NO_LIMIT = 5 + MAX_REMAINING_LENGTH
+ACKS = [wire.PUBACK, wire.PUBREC, wire.PUBREL, wire.PUBCOMP]
+PROTOCOL = {False: MQTTProtocolVersion.MQTTv311, True: MQTTProtocolVersion.MQTTv5}
+PAHO_NAME = {
+    "payload_format_indicator": "PayloadFormatIndicator",
+    "message_expiry_interval": "MessageExpiryInterval",
+    "content_type": "ContentType",
+    "response_topic": "ResponseTopic",
+    "correlation_data": "CorrelationData",
+    "topic_alias": "TopicAlias",
+    "user_properties": "UserProperty",
+    "subscription_identifiers": "SubscriptionIdentifier",
+}
+
+# paho refuses U+FEFF inside properties, which [MQTT-1.5.4-3] allows.
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=20)
+topics = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0+#"), min_size=1, max_size=30)
+packet_ids = st.integers(1, 65_535)
+# Payloads on both sides of each length that takes one more byte.
+payloads = st.binary(max_size=40) | st.sampled_from([95, 127, 128, 300, 16_350, 16_390, 2_097_160]).map(bytes)
+publish_properties = st.fixed_dictionaries(
+    {},
+    optional={
+        "payload_format_indicator": st.integers(0, 1),
+        "message_expiry_interval": st.integers(0, 2**32 - 1),
+        "content_type": text,
+        "response_topic": topics.filter(lambda topic: "\ufeff" not in topic),
+        "correlation_data": st.binary(max_size=200),
+        "topic_alias": st.integers(1, 65_535),
+        "user_properties": st.lists(st.tuples(text, text), min_size=1, max_size=4),
+        "subscription_identifiers": st.lists(
+            st.integers(1, MAX_REMAINING_LENGTH), min_size=1, max_size=4
+        ).map(tuple),
+    },
+)
+messages = st.fixed_dictionaries(
+    {
+        "topic": topics,
+        "payload": payloads,
+        "qos": st.integers(0, 2),
+        "retain": st.booleans(),
+        "dup": st.booleans(),
+        "packet_id": packet_ids,
+        "v5": st.booleans(),
+        "properties": publish_properties,
+    }
+)
+
+
+# -- what paho makes of it ------------------------------------------------------------------
+
+
+def paho_properties(properties: dict[str, Any]) -> Properties:
+    packed = Properties(PacketTypes.PUBLISH)
+    for name, value in properties.items():
+        setattr(packed, PAHO_NAME[name], list(value) if isinstance(value, tuple) else value)
+    return packed
+
+
+def pack(properties: dict[str, Any]) -> bytes:
+    """Without their length."""
+    packed = paho_properties(properties).pack()
+    _, start = VariableByteIntegers.decode(packed)
+    return bytes(packed[start:])
+
+
+def said_by_paho(properties: Properties | None) -> dict[str, Any]:
+    said = {name: getattr(properties, PAHO_NAME[name], None) for name in PAHO_NAME}
+    if said["subscription_identifiers"] is not None:
+        said["subscription_identifiers"] = tuple(said["subscription_identifiers"])
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def sent_by_paho(send: Callable[[Client], object], v5: bool) -> bytes:
+    client = Client(CallbackAPIVersion.VERSION2, protocol=PROTOCOL[v5])
+    packets: list[bytes] = []
+    client._packet_queue = lambda command, packet, *rest: packets.append(bytes(packet))  # type: ignore[method-assign,assignment,return-value]
+    client._sock = object()  # type: ignore[assignment]
+    send(client)
+    client._sock = None
+    (packet,) = packets
+    return packet
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    qos = message["qos"]
+    return wire.encode_publish(
+        message["topic"].encode(),
+        message["payload"],
+        qos,
+        message["retain"],
+        message["dup"] and qos > 0,
+        message["packet_id"],
+        message["v5"],
+        pack(message["properties"]) if message["v5"] else b"",
+    )
+
+
+def split_one(packet: bytes) -> tuple[int, bytes]:
+    ((first, start, end),), consumed, _ = wire.split_packets(packet, NO_LIMIT)
+    assert consumed == end == len(packet)
+    return first, packet[start:end]
+
+
+# -- PUBLISH --------------------------------------------------------------------------------
+
+
+@given(messages)
+def test_a_publish_is_encoded_as_paho_encodes_it(message: dict[str, Any]) -> None:
+    qos, v5 = message["qos"], message["v5"]
+    expected = sent_by_paho(
+        lambda client: client._send_publish(
+            message["packet_id"],
+            message["topic"].encode(),
+            message["payload"],
+            qos,
+            message["retain"],
+            message["dup"] and qos > 0,
+            properties=paho_properties(message["properties"]),
+        ),
+        v5,
+    )
+    assert encode(message) == expected
+
+
+@given(messages)
+def test_a_publish_is_decoded_to_what_was_encoded(message: dict[str, Any]) -> None:
+    qos, v5 = message["qos"], message["v5"]
+    decoded = wire.decode_publish(*split_one(encode(message)), v5)
+    assert decoded == (
+        message["topic"],
+        message["payload"],
+        qos,
+        message["retain"],
+        message["dup"] and qos > 0,
+        message["packet_id"] if qos else 0,
+        pack(message["properties"]) if v5 else b"",
+    )
+    assert [type(part) for part in decoded] == [str, bytes, int, bool, bool, int, bytes]
+    assert wire.decode_properties(decoded[6]) == (message["properties"] if v5 else {})
+
+
+@given(messages, st.lists(st.tuples(st.integers(0, 80), st.integers(0, 255)), max_size=3), st.integers(0, 60))
+def test_a_damaged_publish_that_is_accepted_reads_the_same_to_paho(
+    message: dict[str, Any], damage: list[tuple[int, int]], lost: int
+) -> None:
+    """Nothing is accepted that paho refuses, and nothing is read differently."""
+    v5 = message["v5"]
+    first, undamaged = split_one(encode(message))
+    body = bytearray(undamaged)
+    for position, value in damage:
+        body[position % len(body)] = value
+    del body[len(body) - lost % len(body) :]
+    try:
+        topic, payload, qos, retain, dup, packet_id, properties = wire.decode_publish(first, body, v5)
+        said = wire.decode_properties(properties)
+    except MalformedPacketError:
+        return
+    assume("\ufeff" not in repr(said))
+    known = _packet.decode_publish(first, bytes(body), PROTOCOL[v5])
+    assert (known.topic, known.payload, known.qos) == (topic.encode(), payload, qos)
+    assert (known.retain, known.dup, known.mid) == (retain, dup, packet_id)
+    assert said_by_paho(known.properties) == said
+
+
+@pytest.mark.parametrize("length", [127, 128, 16_383, 16_384, 2_097_151, 2_097_152])
+def test_a_length_takes_as_few_bytes_as_it_can(length: int) -> None:
+    packet = wire.encode_publish(b"t", bytes(length - 3), 0, False, False, 0, False)
+    encoded = wire.encode_varint(length)
+    assert encoded == VariableByteIntegers.encode(length)
+    assert packet[1 : 1 + len(encoded)] == encoded
+    assert wire.decode_publish(*split_one(packet), False)[1] == bytes(length - 3)
+
+
+def test_what_the_protocol_cannot_say_is_a_value_error() -> None:
+    assert wire.encode_varint(MAX_REMAINING_LENGTH) == b"\xff\xff\xff\x7f"
+    with pytest.raises(ValueError, match="268,435,456 does not fit"):
+        wire.encode_publish(b"t", bytes(MAX_REMAINING_LENGTH - 2), 0, False, False, 0, False)
+    with pytest.raises(ValueError, match="does not fit"):
+        wire.encode_varint(-1)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_payload_is_bytes_whatever_it_arrives_in(kind: Callable[[bytes], Any]) -> None:
+    decoded = wire.decode_publish(0x32, kind(b"\0\1a\0\7\2\x0b\5payload"), True)
+    assert decoded == ("a", b"payload", 1, False, False, 7, b"\x0b\5")
+    assert type(decoded[1]) is bytes
+
+
+@pytest.mark.parametrize("v5", [False, True])
+@pytest.mark.parametrize(
+    ("topic", "problem"),
+    [
+        (b"", "MQTT-4.7.3-1"),
+        (b"a/+", "MQTT-3.3.2-2"),
+        (b"a/#", "MQTT-3.3.2-2"),
+        (b"a\0b", "MQTT-1.5.4-2"),
+        (b"\xff", "MQTT-1.5.4-1"),
+        (b"\xc0\x80", "MQTT-1.5.4-1"),
+        (b"\xed\xa0\x80", "MQTT-1.5.4-1"),
+    ],
+)
+def test_a_topic_that_is_none_is_malformed_every_time(topic: bytes, problem: str, v5: bool) -> None:
+    body = len(topic).to_bytes(2, "big") + topic + b"\0payload"
+    for _ in range(2):
+        with pytest.raises(MalformedPacketError, match=problem):
+            wire.decode_publish(wire.PUBLISH, body, v5)
+
+
+@pytest.mark.parametrize("body", [b"\0\3", b"\0\4cut", b"\0\4cu\xe2", b"\xff\xffcut"])
+def test_a_topic_that_is_cut_off_is_called_so(body: bytes) -> None:
+    """And neither empty nor ill-formed, which would send the reader of the log the wrong way."""
+    with pytest.raises(MalformedPacketError, match="ends inside its topic"):
+        wire.decode_publish(wire.PUBLISH, body, True)
+
+
+def test_a_topic_that_is_cached_does_not_hide_a_packet_that_ends_too_soon() -> None:
+    wire.decode_publish(wire.PUBLISH, b"\0\3abc", False)
+    with pytest.raises(MalformedPacketError, match=r"3\.3\.2"):
+        wire.decode_publish(wire.PUBLISH, b"\0\4abc", False)
+
+
+@pytest.mark.parametrize("v5", [False, True])
+def test_a_publish_that_ends_inside_its_header_is_malformed(v5: bool) -> None:
+    header = b"\0\3a/b\1\1" + (b"\x80\1" + b"\x26\0\2ab\0\x79" + bytes(121) if v5 else b"")
+    assert wire.decode_publish(0x32, header, v5)[:2] == ("a/b", b"")
+    for size in range(len(header)):
+        with pytest.raises(MalformedPacketError):
+            wire.decode_publish(0x32, header[:size], v5)
+
+
+@pytest.mark.parametrize("first", [0x32, 0x34])
+def test_packet_identifier_0_is_a_protocol_error(first: int) -> None:
+    with pytest.raises(MalformedPacketError, match=r"MQTT-2\.2\.1-4") as caught:
+        wire.decode_publish(first, b"\0\1a\0\0\0", True)
+    assert caught.value.reason == wire.PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize(
+    ("first", "problem"),
+    [(flags | 0x30, "MQTT-3.3.1-4") for flags in (0x6, 0x7, 0xE, 0xF)]
+    + [(flags | 0x30, "MQTT-3.3.1-2") for flags in (0x8, 0x9)],
+)
+def test_flags_that_contradict_themselves_are_malformed(first: int, problem: str) -> None:
+    with pytest.raises(MalformedPacketError, match=problem):
+        wire.decode_publish(first, b"\0\1a\0\7\0", True)
+    with pytest.raises(MalformedPacketError, match=problem):
+        wire.split_packets(bytes((first, 6)) + b"\0\1a\0\7\0", NO_LIMIT)
+
+
+def test_a_stream_of_ever_new_topics_and_properties_does_not_grow_the_caches() -> None:
+    for number in range(2 * wire._CACHE_ENTRIES):
+        topic = f"t/{number}".encode()
+        wire.decode_publish(wire.PUBLISH, len(topic).to_bytes(2, "big") + topic, False)
+        wire.subscription_identifiers(b"\x02" + number.to_bytes(4, "big"))
+    assert 0 < len(wire._topics) <= wire._CACHE_ENTRIES
+    assert 0 < len(wire._identifiers) <= wire._CACHE_ENTRIES
+
+
+def test_what_is_long_is_not_cached() -> None:
+    wire.decode_publish(wire.PUBLISH, b"\xff\xff" + b"t" * 65_535, False)
+    wire.subscription_identifiers(b"\x09\xff\xff" + bytes(65_535))
+    assert max(map(len, wire._topics)) <= wire._CACHED_TOPIC_BYTES
+    assert max(map(len, wire._identifiers), default=0) <= wire._CACHED_PROPERTIES_BYTES
+
+
+# -- acknowledgements -----------------------------------------------------------------------
+
+
+@given(st.sampled_from(ACKS), packet_ids, st.booleans())
+def test_an_acknowledgement_is_the_one_paho_sends(kind: int, packet_id: int, v5: bool) -> None:
+    send = {
+        wire.PUBACK: Client._send_puback,
+        wire.PUBREC: Client._send_pubrec,
+        wire.PUBREL: Client._send_pubrel,
+        wire.PUBCOMP: Client._send_pubcomp,
+    }[kind]
+    packet = wire.encode_ack(kind, packet_id)
+    assert packet == sent_by_paho(lambda client: send(client, packet_id), v5)
+    first, body = split_one(packet)
+    assert first == kind
+    assert wire.decode_ack(body, v5) == (packet_id, 0)
+
+
+@given(packet_ids)
+def test_a_reason_is_read_by_paho_as_it_was_written(packet_id: int) -> None:
+    first, body = split_one(wire.encode_ack_reason(wire.PUBCOMP, packet_id, wire.PACKET_IDENTIFIER_NOT_FOUND))
+    known = _packet.decode_pubcomp(first, body, MQTTProtocolVersion.MQTTv5)
+    assert (known.mid, known.reason.value) == (packet_id, 0x92)
+    assert wire.decode_ack(body, True) == (packet_id, 0x92)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"\1\2", (0x0102, 0)),
+        (b"\1\2\x10", (0x0102, 0x10)),
+        (b"\1\2\x87\0", (0x0102, 0x87)),
+        (b"\1\2\x87\5\x1f\0\2no", (0x0102, 0x87)),
+    ],
+)
+def test_an_acknowledgement_may_say_why(body: bytes, expected: tuple[int, int]) -> None:
+    assert wire.decode_ack(body, True) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "v5", "problem"),
+    [
+        (b"", True, "0 bytes"),
+        (b"\1", True, "1 bytes"),
+        (b"\1", False, "1 bytes"),
+        (b"\1\2\0", False, "3 bytes"),
+        (b"\0\0", True, "MQTT-2.2.1-5"),
+        (b"\0\0", False, "MQTT-2.2.1-5"),
+        (b"\1\2\x87\5\x1f\0\2n", True, r"3\.4\.2\.2"),
+        (b"\1\2\x87\0\0", True, r"3\.4\.2\.2"),
+        (b"\1\2\x87\x80", True, r"1\.5\.5"),
+    ],
+)
+def test_an_acknowledgement_of_the_wrong_shape_is_malformed(body: bytes, v5: bool, problem: str) -> None:
+    with pytest.raises(MalformedPacketError, match=problem):
+        wire.decode_ack(body, v5)
+
+
+# -- the byte stream ------------------------------------------------------------------------
+
+
+def receive(chunks: Iterable[bytes], limit: int) -> tuple[list[tuple[int, bytes]], str, bytes]:
+    """What a connection makes of its reads: the packets, the error that ended it, and what is left."""
+    packets: list[tuple[int, bytes]] = []
+    buffer = b""
+    needed = 0
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) >= needed:
+            try:
+                found, consumed, needed = wire.split_packets(buffer, limit)
+            except MalformedPacketError as error:
+                return packets, str(error), b""
+            packets += [(first, buffer[start:end]) for first, start, end in found]
+            buffer = buffer[consumed:]
+    return packets, "", buffer
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    packet = st.one_of(
+        messages.map(encode).filter(lambda packet: len(packet) < 1000),
+        st.builds(wire.encode_ack, st.sampled_from(ACKS), packet_ids),
+        st.just(b"\xd0\x00"),
+        st.just(b"\x30\x81\x80\x00\0"),
+        st.just(b"\x30\x80\x80\x80\x00"),
+    )
+    stream = b"".join(draw(st.lists(packet, max_size=8)))
+    return stream + draw(st.binary(max_size=8))
+
+
+@given(streams(), st.lists(st.integers(0, 3000), max_size=12), st.sampled_from([60, NO_LIMIT]))
+@example(b"\x40\x02\0\1\x00\x00\x40\x02\0\2", [5], NO_LIMIT)
+def test_chunking_never_changes_what_comes_out(stream: bytes, cuts: list[int], limit: int) -> None:
+    """The packets before a malformed one come out too, however they arrive."""
+    edges = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
+    chunks = [stream[start:end] for start, end in pairwise(edges)]
+    whole = receive([stream], limit)
+    assert receive(chunks, limit) == whole
+    assert receive([stream[i : i + 1] for i in range(len(stream))], limit) == whole
+
+
+@given(messages, st.binary(max_size=3))
+def test_an_incomplete_packet_says_how_long_it_will_be(message: dict[str, Any], before: bytes) -> None:
+    packet = encode(message)
+    assume(len(packet) < 1000)
+    header = 1 + len(wire.encode_varint(len(split_one(packet)[1])))
+    front = b"\xd0\x00" * len(before)
+    for size in range(len(packet)):
+        found, consumed, needed = wire.split_packets(front + packet[:size], NO_LIMIT)
+        assert (len(found), consumed) == (len(before), len(front))
+        if size < header:
+            assert size < needed <= len(packet)
+        else:
+            assert needed == len(packet)
+
+
+@given(st.binary(max_size=300), st.integers(0, 300), st.booleans())
+def test_packets_lie_side_by_side(buffer: bytes, limit: int, v5: bool) -> None:
+    try:
+        packets, consumed, needed = wire.split_packets(bytearray(buffer), limit, v5)
+    except MalformedPacketError:
+        return
+    end = 0
+    for first, body_start, body_end in packets:
+        assert first == buffer[end]
+        assert end + 2 <= body_start <= min(end + 5, body_end)
+        assert body_end - end <= limit
+        end = body_end
+    assert consumed == end <= len(buffer)
+    assert needed == 0 or needed > len(buffer) - consumed
+
+
+LEGAL = (
+    {0x10, 0x20, 0x40, 0x50, 0x62, 0x70, 0x82, 0x90, 0xA2, 0xB0, 0xC0, 0xD0, 0xE0}
+    | {0x30, 0x31}
+    | {0x32, 0x33, 0x34, 0x35, 0x3A, 0x3B, 0x3C, 0x3D}
+)
+
+
+@pytest.mark.parametrize("v5", [False, True])
+def test_a_packet_begins_with_a_type_and_its_flags_or_is_malformed(v5: bool) -> None:
+    for first in range(256):
+        packet = bytes((first, 0))
+        if first in LEGAL or (v5 and first == 0xF0):
+            assert wire.split_packets(packet, NO_LIMIT, v5) == ([(first, 2, 2)], 2, 1)
+        else:
+            with pytest.raises(MalformedPacketError, match=r"MQTT-2\.1\.3-1|MQTT-3\.3\.1"):
+                wire.split_packets(packet, NO_LIMIT, v5)
+
+
+def test_a_packet_above_the_limit_is_refused_before_its_body_arrives() -> None:
+    header = b"\x30\xc8\x01"  # 200 bytes follow
+    assert wire.split_packets(header, 203) == ([], 0, 203)
+    assert wire.split_packets(header + bytes(200), 203)[0] == [(0x30, 3, 203)]
+    for packet in (header, header + bytes(200), b"\xf0\xc8\x01"):
+        with pytest.raises(MalformedPacketError, match="body of 200 bytes, above the limit of 202") as caught:
+            wire.split_packets(packet, 202)
+        assert caught.value.reason == wire.PACKET_TOO_LARGE
+
+
+def test_a_length_of_more_than_four_bytes_is_malformed() -> None:
+    assert wire.split_packets(b"\x30\xff\xff\xff\x7f", NO_LIMIT) == ([], 0, NO_LIMIT)
+    for header in (b"\x30\xff\xff\xff\xff", b"\x30\x80\x80\x80\x80\x00"):
+        with pytest.raises(MalformedPacketError, match="more than four bytes") as caught:
+            wire.split_packets(header, NO_LIMIT)
+        assert caught.value.reason == wire.MALFORMED_PACKET
+
+
+@given(st.integers(0, MAX_REMAINING_LENGTH), st.binary(max_size=3), st.binary(max_size=3))
+def test_a_variable_byte_integer_survives_the_way_there_and_back(
+    value: int, before: bytes, after: bytes
+) -> None:
+    encoded = wire.encode_varint(value)
+    assert encoded == VariableByteIntegers.encode(value)
+    assert wire.decode_varint(before + encoded + after, len(before)) == (value, len(before + encoded))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "problem"),
+    [
+        (b"", r"1\.5\.5"),
+        (b"\xff\xff", r"ends inside"),
+        (b"\x80\x80\x80\x80", "more than four"),
+        (b"\x81\x00", "MQTT-1.5.5-1"),
+    ],
+)
+def test_a_variable_byte_integer_that_is_none_is_malformed(encoded: bytes, problem: str) -> None:
+    with pytest.raises(MalformedPacketError, match=problem):
+        wire.decode_varint(encoded)
+
+
+# -- properties -----------------------------------------------------------------------------
+
+
+@given(publish_properties)
+def test_properties_are_read_as_paho_wrote_them(properties: dict[str, Any]) -> None:
+    packed = pack(properties)
+    assert wire.decode_properties(packed) == properties
+    expected = properties.get("subscription_identifiers", ())
+    assert wire.subscription_identifiers(packed) == expected
+    assert wire.subscription_identifiers(packed) == expected, "from the cache"
+
+
+@pytest.mark.parametrize(
+    ("packed", "problem"),
+    [
+        (b"\x01", "ends? inside"),
+        (b"\x01\x02", "payload format indicator 2"),
+        (b"\x01\x00\x01\x00", "payload_format_indicator more than once"),
+        (b"\x02\0\0\0", "end inside"),
+        (b"\x03\0", "end inside"),
+        (b"\x03\0\2a", "end inside"),
+        (b"\x03\0\1\0", "MQTT-1.5.4-2"),
+        (b"\x03\0\1\xff", "MQTT-1.5.4-1"),
+        (b"\x08\0\3a/+", "MQTT-3.3.2-14"),
+        (b"\x09\0\2a", "end inside"),
+        (b"\x0b", "ends inside"),
+        (b"\x0b\0", "identifier 0"),
+        (b"\x0b\x80\x80\x80\x80\1", "more than four"),
+        (b"\x23\0\0", "topic alias 0"),
+        (b"\x26\0\1a\0\1", "end inside"),
+        (b"\x26\0\1a", "end inside"),
+        (b"\x00", "property 0x00"),
+        (b"\x11\0\0\0\1", "property 0x11"),  # session expiry: of other packets
+        (b"\x0b\5\xff", "property 0xff"),
+    ],
+)
+def test_properties_that_the_standard_forbids_are_malformed_every_time(packed: bytes, problem: str) -> None:
+    with pytest.raises(MalformedPacketError, match=problem):
+        wire.decode_properties(packed)
+    for _ in range(2):
+        with pytest.raises(MalformedPacketError, match=problem):
+            wire.subscription_identifiers(packed)
+
+
+def test_many_properties_cost_no_more_than_their_number() -> None:
+    """Anything quadratic would run into the timeout."""
+    packed = b"\x26\0\0\0\0" * 200_000 + b"\x0b\x05"
+    assert wire.subscription_identifiers(packed) == (5,)
+
+
+# -- any bytes ------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 255), st.binary(max_size=60), st.booleans())
+@example(0x3A, b"", True)
+@example(0x32, b"\0\1a\0", False)
+def test_any_bytes_are_a_result_or_malformed(first: int, body: bytes, v5: bool) -> None:
+    readers: list[Callable[[], object]] = [
+        lambda: wire.decode_publish(first, body, v5),
+        lambda: wire.decode_ack(body, v5),
+        lambda: wire.decode_properties(body),
+        lambda: wire.subscription_identifiers(body),
+        lambda: wire.decode_varint(body),
+        lambda: wire.split_packets(bytes((first,)) + body, 50, v5),
+    ]
+    for read in readers:
+        with suppress(MalformedPacketError):
+            read()
+
+
+# -- reasons --------------------------------------------------------------------------------
+
+
+def test_every_reason_that_paho_knows_has_its_name_in_the_standard() -> None:
+    """Where paho's words are not the standard's, the standard's are written out here."""
+    standard = {
+        0x11: "no subscription existed",
+        0x9E: "shared subscriptions not supported",
+        0xA2: "wildcard subscriptions not supported",
+    }
+    kinds = [wire.CONNACK, *ACKS, wire.SUBACK, wire.UNSUBACK, wire.DISCONNECT]
+    checked = set()
+    for code, names in ReasonCode.names.items():
+        for name, packet_types in names.items():
+            for kind in kinds:
+                if kind >> 4 in packet_types:
+                    assert wire.reason_name(kind, code).lower() == standard.get(code, name.lower())
+                    checked.add(code)
+    assert len(checked) >= 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "name"),
+    [
+        (wire.CONNACK, 0, "Success"),
+        (wire.CONNACK, 5, "Connection Refused, not authorized"),
+        (wire.CONNACK, 0x86, "Bad User Name or Password"),
+        (wire.PUBACK, 0, "Success"),
+        (wire.PUBACK, 0x10, "No matching subscribers"),
+        (wire.PUBACK, 0x05, "unknown reason 0x05"),
+        (wire.SUBACK, 1, "Granted QoS 1"),
+        (wire.SUBACK, 0x80, "Unspecified error"),
+        (wire.DISCONNECT, 0, "Normal disconnection"),
+        (wire.DISCONNECT, 0x8E, "Session taken over"),
+        (wire.DISCONNECT, 0xA2, "Wildcard Subscriptions not supported"),
+        (wire.DISCONNECT, 0xA3, "unknown reason 0xa3"),
+        (wire.DISCONNECT, 0x7F, "unknown reason 0x7f"),
+    ],
+)
+def test_a_reason_is_named_in_the_words_of_the_standard(kind: int, code: int, name: str) -> None:
+    assert wire.reason_name(kind, code) == name
