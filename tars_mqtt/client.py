@@ -6,18 +6,20 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack
 
-from tars_mqtt._core.dispatch import Consumer, WorkerPool
-from tars_mqtt._core.engine import Engine, OrderBy
+from tars_mqtt._core.dispatch import Consumer
+from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import ConnectionState
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
+from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import SubscribeError
 from tars_mqtt.message import Message, PublishReceipt
@@ -288,9 +290,8 @@ class MQTTClient:
         handler: Callable[[Any], Any],
         qos: int = 0,
         *,
-        concurrency: int | None = None,
-        order_by: OrderBy = None,
         timeout: Timeout = DEFAULT,
+        **options: Unpack[HandlerOptions],
     ) -> Subscription:
         """Have *handler* called with each message that matches.
 
@@ -304,43 +305,34 @@ class MQTTClient:
         Args:
             topic: A filter: ``+`` and ``#`` as in the standard, ``$share/group/filter`` too.
             handler: A plain function. What it raises is logged and counted.
-            concurrency: How many messages may be in work at once; 1 unless given, with *order_by*
-                as many as there are workers.
-            order_by: ``"topic"``, or a quick function of the `Message` (it runs on the network
-                thread): order is kept for each key, different keys go side by side.
+            qos: The highest QoS with which the broker delivers.
             timeout: Seconds to wait for the broker's word; ``connect_timeout`` unless given.
+            options: *concurrency*: how many messages may be in work at once; 1 unless given, with
+                *order_by* as many as there are workers. *order_by*: ``"topic"``, or a quick function
+                of the `Message` (it runs on the network thread): order is kept for each key, different
+                keys go side by side. *retries* (0): how often a message whose handler raised is tried
+                again before the next one of its lane. *retry_delay* (0.5 s): before the first retry;
+                doubled for each further one, with jitter. *dead_letter*: a topic such as
+                ``"dead/{topic}"`` that gets an envelope with each message which no attempt could
+                handle. *handler_timeout*: seconds after which a handler that does not return counts
+                as failed; the setting of that name unless given.
 
         Raises:
-            TopicError: The filter is malformed.
+            TopicError: The filter, or the topic for dead letters, is malformed.
             TypeError: The handler is a coroutine function, or asks for what cannot be given.
+            ValueError: An option is out of range.
             SubscribeError: The broker refused, or did not answer in time; nothing stays registered.
         """
         if is_coroutine_function(handler):
             raise TypeError(
                 f"{handler!r} is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"
             )
-        return self._subscribe(
-            topic, qos, lambda number: self._handling(handler, number), concurrency, order_by, timeout
-        )[0]
+        registration = self._engine.register(topic, qos, HandlerCall, handler, options)
+        return self._subscribed(registration, timeout)
 
-    def _handling(self, handler: Callable[[Any], Any], number: int) -> HandlerCall:
-        engine = self._engine
-        return HandlerCall(
-            handler, number, engine.counters, engine.deduplicator, self.config.correlation, self.config.client_id
-        )
-
-    def _subscribe(
-        self,
-        topic: str,
-        qos: int,
-        call: Callable[[int], HandlerCall | None],
-        concurrency: int | None,
-        order_by: OrderBy,
-        timeout: Timeout,
-    ) -> tuple[Subscription, Registration]:
-        engine = self._engine
+    def _subscribed(self, registration: Registration, timeout: Timeout) -> Subscription:
+        engine, topic = self._engine, registration.topic
         limit = seconds(timeout, self.config.connect_timeout)
-        registration = engine.register(topic, qos, call, concurrency, order_by)
         try:
             engine.subscribe(registration).result(limit)
         except TimeoutError:
@@ -351,21 +343,15 @@ class MQTTClient:
         except SubscribeError as error:
             engine.unregister(registration)
             raise SubscribeError(str(error), error.refused) from error
-        return Subscription(engine, registration), registration
+        return Subscription(engine, registration)
 
     def on(
-        self,
-        topic: str,
-        qos: int = 0,
-        *,
-        concurrency: int | None = None,
-        order_by: Literal["topic"] | Callable[[Message], Hashable] | None = None,
-        timeout: Timeout = DEFAULT,
+        self, topic: str, qos: int = 0, *, timeout: Timeout = DEFAULT, **options: Unpack[HandlerOptions]
     ) -> Callable[[HandlerT], HandlerT]:
         """Decorator form of `subscribe`; usable before `connect`."""
 
         def decorate(handler: HandlerT) -> HandlerT:
-            self.subscribe(topic, handler, qos, concurrency=concurrency, order_by=order_by, timeout=timeout)
+            self.subscribe(topic, handler, qos, timeout=timeout, **options)
             return handler
 
         return decorate
@@ -380,8 +366,8 @@ class MQTTClient:
         Raises:
             TopicError, SubscribeError: As `subscribe`.
         """
-        subscription, registration = self._subscribe(topic, qos, lambda _: None, None, None, DEFAULT)
-        return MessageIterator(self._engine, subscription, registration.consumer)
+        registration = self._engine.register(topic, qos, None, None, {})
+        return MessageIterator(self._engine, self._subscribed(registration, DEFAULT), registration.consumer)
 
 
 class Subscription:
@@ -471,8 +457,13 @@ class MessageIterator(Iterator[Message]):
         self.close()
 
 
-def _worker_pool(config: MQTTClientConfig, counters: Counters, acknowledge: Callable[[], None]) -> WorkerPool:
-    return WorkerPool(config.workers, config.max_pending, counters, acknowledge, config.client_id)
+def _worker_pool(
+    config: MQTTClientConfig,
+    counters: Counters,
+    acknowledge: Callable[[], None],
+    stuck: Callable[[str | None], None],
+) -> WorkerPool:
+    return WorkerPool(config.workers, config.max_pending, counters, acknowledge, config.client_id, stuck)
 
 
 def _rest(limit: float | None, started: float) -> float | None:

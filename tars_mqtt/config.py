@@ -202,6 +202,9 @@ class MQTTClientConfig:
         30.0, "PUBLISH_TIMEOUT", _timeout, "How long a publish waits for its ack"
     )
     shutdown_timeout: float = _setting(10.0, "SHUTDOWN_TIMEOUT", _timeout, "How long a shutdown may take")
+    handler_timeout: float = _setting(
+        0.0, "HANDLER_TIMEOUT", _seconds(0.0), "After which a handler that does not return failed; 0 is off"
+    )
     protocol: Literal["auto", "5", "3.1.1"] = _setting(
         "auto", "PROTOCOL", _one_of("auto", "5", "3.1.1"), "5, 3.1.1, or auto: 5 where the broker has it"
     )

@@ -82,15 +82,16 @@ class Health:
     # -- any thread -------------------------------------------------------------------------
 
     def publish(
-        self, ok: bool, event: str | None, error: str | None, timeout: float
+        self, ok: bool, event: str | None, error: str | None, timeout: float, quiet: bool = False
     ) -> PublishReceipt | None:
         """Publish the state that the service gives itself; None without ``enable_health``.
 
         Args:
             timeout: Seconds to wait for room in the queue.
+            quiet: Do not warn when health is off: nobody asked for this.
         """
         if not self._config.enable_health:
-            if not self._warned:
+            if not self._warned and not quiet:
                 self._warned = True
                 logger.warning(
                     "publish_health does nothing: enable_health is off",

@@ -1,10 +1,9 @@
-"""Bringing deliveries to handlers: bounds, order, and the worker threads."""
+"""Bringing deliveries to handlers: what waits, within bounds and in order; and what becomes of failures."""
 
 from __future__ import annotations
 
 import contextvars
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,10 @@ from typing import Protocol
 import attrs
 
 from tars_mqtt._core.lane import Delivery, Lane
+from tars_mqtt._core.recovery import Outcome, Recovery
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
+from tars_mqtt._core.timer import Timer
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -31,19 +32,23 @@ must not wait for its own."""
 
 
 class Handling(Protocol):
-    """What a dispatcher does with one delivery. Never raises; True when the handler returned."""
+    """What a dispatcher does with one delivery. Never raises."""
 
-    def __call__(self, delivery: Delivery, /) -> bool: ...
+    def __call__(self, delivery: Delivery, /) -> Outcome: ...
+
+    def timed_out(self, delivery: Delivery, timeout: float, /) -> Outcome:
+        """The delivery is taken away from a call that does not end."""
 
 
 @attrs.define(eq=False)
 class Consumer:
-    """One subscription as its dispatcher sees it. All but the first three: guarded by its lock."""
+    """One subscription as its dispatcher sees it. The last four: guarded by its lock."""
 
     lane: Lane
     limit: int
     """How many bursts may be in work at once; 0 where nobody is called, but an iterator takes."""
     handle: Handling | None
+    recovery: Recovery = attrs.field(factory=Recovery)
     arrived: Callable[[], None] | None = None
     """Called when there is something to take, or nothing will come any more; for an iterator on a loop."""
     burst: int = 1
@@ -70,6 +75,7 @@ class Dispatcher:
         self._acknowledge = acknowledge
         self._client_id = client_id
         self._overflow = Throttle()
+        self.timer = Timer(client_id)
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -183,13 +189,38 @@ class Dispatcher:
 
     # -- what a subclass's workers do -------------------------------------------------------
 
-    def _start(self, consumer: Consumer) -> None:
-        """Have one burst of *consumer* handled soon."""
+    def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
+        """Have one burst of *consumer* handled soon: *batch*, or what waits in its lane."""
         raise NotImplementedError
+
+    def _over(self, delivery: Delivery) -> None:
+        """A delivery needs nothing more."""
+        if delivery.done():
+            self._acknowledge()
+
+    def _after_failure(self, consumer: Consumer, delivery: Delivery, outcome: Outcome) -> float | None:
+        """Decide what becomes of it: seconds until the next attempt, or None when it is dealt with."""
+        delivery.failures += 1
+        delivery.failed_first = delivery.failed_first or time.time()
+        recovery = consumer.recovery
+        delay = recovery.delay(delivery, outcome)
+        if delay is not None:
+            self._counters.add("handler_retries")
+        elif recovery.bury is not None:
+            # Done only when the broker has the dead letter: a kill in between loses nothing.
+            recovery.bury(delivery, lambda: self._over(delivery))
+        else:
+            self._over(delivery)
+        return delay
+
+    def _postpone(self, consumer: Consumer, batch: list[Delivery], delay: float) -> None:
+        """Go on with *batch* later, with the same token: its lane waits, so order is kept."""
+        self.timer.call_later(delay, lambda: self._start(consumer, batch))
 
     def _take(self, consumer: Consumer) -> list[Delivery]:
         with self._lock:
-            return consumer.lane.take(consumer.burst if consumer.limit == 1 else 1)
+            alone = consumer.limit > 1 or consumer.recovery.timeout is not None
+            return consumer.lane.take(1 if alone else consumer.burst)
 
     def _finish(self, consumer: Consumer, batch: list[Delivery], handled: int, duration: float) -> bool:
         """Account for a burst; True when the consumer has more for the same token."""
@@ -208,6 +239,13 @@ class Dispatcher:
             if consumer.limit:
                 consumer.tokens -= 1
             return False
+
+    def _finish_part(self, consumer: Consumer, done: list[Delivery], handled: int) -> None:
+        """Account for the first part of a burst whose rest is postponed."""
+        with self._changed:
+            self._handled += handled
+            self._pending -= len(done)
+            self._changed.notify_all()
 
     # -- iterators --------------------------------------------------------------------------
 
@@ -238,98 +276,3 @@ class Dispatcher:
         self._finish(consumer, [delivery], 1, 0.0)
         if delivery.done():
             self._acknowledge()
-
-
-class WorkerPool(Dispatcher):
-    """Calls handlers on at most *workers* threads, started when first needed."""
-
-    def __init__(
-        self,
-        workers: int,
-        max_pending: int,
-        counters: Counters,
-        acknowledge: Callable[[], None],
-        client_id: str,
-    ) -> None:
-        super().__init__(max_pending, counters, acknowledge, client_id)
-        self._workers = workers
-        # Guarded by _lock:
-        self._threads: set[threading.Thread] = set()
-        self._busy = 0
-        self._ready: queue.SimpleQueue[Consumer | None] = queue.SimpleQueue()
-
-    def start(self) -> None:
-        with self._lock:
-            if self.stopping:
-                # A thread that is still stuck in a handler keeps the old queue, and ends with it.
-                self._ready = queue.SimpleQueue()
-                self._threads = set()
-                self._busy = 0
-                self.stopping = False
-                for consumer in self._consumers:
-                    consumer.tokens = 0
-
-    def _start(self, consumer: Consumer) -> None:
-        self._ready.put(consumer)
-        with self._lock:
-            self._busy += 1
-            if self._busy <= len(self._threads) or len(self._threads) >= self._workers:
-                return
-            thread = threading.Thread(
-                target=self._work,
-                name=f"tars-mqtt/{self._client_id}/worker-{len(self._threads)}",
-                daemon=True,
-            )
-            self._threads.add(thread)
-        thread.start()
-
-    def _work(self) -> None:
-        ready = self._ready
-        while (consumer := ready.get()) is not None:
-            try:
-                self._burst(consumer, ready)
-            except Exception:
-                logger.exception("internal error on a worker thread", extra={"client_id": self._client_id})
-        with self._lock:
-            self._threads.discard(threading.current_thread())
-
-    def _burst(self, consumer: Consumer, ready: queue.SimpleQueue[Consumer | None]) -> None:
-        batch = self._take(consumer)
-        in_work.set(len(batch))
-        handled = 0
-        started = time.monotonic()
-        for delivery in batch:
-            if self.stopping:
-                # Not done, so not acknowledged: the broker delivers it to the next session.
-                self._counters.drop("shutdown")
-                continue
-            assert consumer.handle is not None
-            handled += consumer.handle(delivery)
-            if delivery.done():
-                self._acknowledge()
-        in_work.set(0)
-        if self._finish(consumer, batch, handled, time.monotonic() - started):
-            ready.put(consumer)
-        else:
-            with self._lock:
-                self._busy -= 1
-
-    def stop(self, timeout: float) -> list[str]:
-        deadline = time.monotonic() + timeout
-        with self._changed:
-            self.stopping = True
-            threads = self._threads - {threading.current_thread()}
-            for consumer in self._consumers:
-                left = consumer.lane.clear()
-                self._pending -= len(left)
-                if left:
-                    self._counters.drop("shutdown", len(left))
-            iterators = [consumer.arrived for consumer in self._consumers if consumer.arrived is not None]
-            self._changed.notify_all()
-        for arrived in iterators:
-            arrived()
-        for _ in range(len(threads) + 1):
-            self._ready.put(None)
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return [thread.name for thread in threads if thread.is_alive()]

@@ -8,20 +8,25 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-from tars_mqtt._core.dispatch import Consumer, Dispatcher, Handling, in_work
+from tars_mqtt._core.dispatch import Consumer, Dispatcher, in_work
+from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.lane import Fifo, Keyed
+from tars_mqtt._core.option import HandlerOptions, checked
 from tars_mqtt._core.outbound import Outbound, Outgoing
+from tars_mqtt._core.recovery import Recovery
 from tars_mqtt._core.registry import Registration, Registry
 from tars_mqtt._core.session import Session
 from tars_mqtt._core.state import ConnectionState, StateCell
 from tars_mqtt._core.stats import Counters, Stats
+from tars_mqtt._core.timeout import seconds
 from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
 from tars_mqtt.dedup import MessageDeduplicator
 from tars_mqtt.envelope import encode_event
 from tars_mqtt.errors import (
@@ -37,8 +42,9 @@ from tars_mqtt.topics import check_filter, topic_bytes
 
 logger = logging.getLogger("tars_mqtt.session")
 
-OrderBy = str | Callable[[Message], Hashable] | None
-
+MakeDispatcher = Callable[
+    [MQTTClientConfig, Counters, Callable[[], None], Callable[[str | None], None]], Dispatcher
+]
 _GOODBYE_SHARE = 0.1
 """Of the time for a shutdown: kept for the goodbye, whatever came before took."""
 
@@ -55,7 +61,7 @@ class Engine:
     def __init__(
         self,
         config: MQTTClientConfig,
-        make_dispatcher: Callable[[MQTTClientConfig, Counters, Callable[[], None]], Dispatcher],
+        make_dispatcher: MakeDispatcher,
     ) -> None:
         self.config = config
         self.state = StateCell()
@@ -64,7 +70,7 @@ class Engine:
         self.deduplicator = (
             MessageDeduplicator(config.dedupe_ttl, config.dedupe_max_entries) if config.dedupe_ttl > 0 else None
         )
-        self.dispatcher = make_dispatcher(config, self.counters, self._wake)
+        self.dispatcher = make_dispatcher(config, self.counters, self._wake, self._on_stuck_handler)
         self._outbound = Outbound(
             config.max_inflight, config.max_queued, config.max_queued_bytes, self.counters, self._wake
         )
@@ -196,6 +202,17 @@ class Engine:
 
     # -- publishing -------------------------------------------------------------------------
 
+    def call_later(self, delay: float, call: Callable[[], None]) -> None:
+        """Have *call* run later, on the timer thread."""
+        self.dispatcher.timer.call_later(delay, call)
+
+    def count_dead_letter(self, dropped: bool) -> None:
+        """Count a message that no attempt could handle."""
+        if dropped:
+            self.counters.drop("dead_letter")
+        else:
+            self.counters.add("dead_letters")
+
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when a refused message is worth another try."""
         self._outbound.when_room(callback)
@@ -257,40 +274,58 @@ class Engine:
     # -- subscribing ------------------------------------------------------------------------
 
     def register(
-        self,
-        topic: str,
-        qos: int,
-        call: Callable[[int], Handling | None],
-        concurrency: int | None = None,
-        order_by: OrderBy = None,
+        self, topic: str, qos: int, call: type[HandlerCall] | None, handler: Any, options: HandlerOptions
     ) -> Registration:
         """Check and enter a subscription; the broker is not asked yet.
 
         Args:
-            call: Makes, of the subscription's number, what handles a delivery; None for an iterator.
+            call: What handles a delivery with *handler*; None for an iterator.
         """
         self.check()
         topic = check_filter(topic)
         if qos not in (0, 1, 2):
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
-        if order_by is not None and order_by != "topic" and not callable(order_by):
-            raise ValueError(f"order_by must be 'topic' or a function of the message, not {order_by!r}")
-        if concurrency is None:
-            concurrency = 1 if order_by is None else self.config.workers
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(f"concurrency must be a whole number, at least 1, not {concurrency!r}")
+        checked_options = checked(options, self.config.workers)
+        recovery = self._recovery(topic, checked_options)
         number = self._registry.next_number()
-        handle = call(number)
+        config = self.config
+        handle = None
+        if call is not None:
+            handle = call(
+                handler, number, self.counters, self.deduplicator, config.correlation, config.client_id
+            )
+        order_by = checked_options["order_by"]
         consumer = Consumer(
             lane=Fifo() if order_by is None else Keyed(),
-            limit=0 if handle is None else concurrency,
+            limit=0 if handle is None else checked_options["concurrency"] or 1,
             handle=handle,
+            recovery=recovery,
         )
-        key_of = _topic_of if order_by == "topic" else order_by
+        key_of = order_by if callable(order_by) else _topic_of if order_by else None
         registration = Registration(number, topic, qos, consumer, key_of)
         self.dispatcher.add(consumer)
         self._registry.add(registration)
         return registration
+
+    def _recovery(self, topic: str, options: HandlerOptions) -> Recovery:
+        template = options["dead_letter"]
+        if template is not None:
+            dead_letter_topic(template, "a/b")
+        return Recovery(
+            retries=options["retries"],
+            retry_delay=options["retry_delay"],
+            timeout=seconds(options["handler_timeout"], self.config.handler_timeout) or None,
+            bury=None if template is None else DeadLetters(template, topic, self).bury,
+        )
+
+    def _on_stuck_handler(self, topic: str | None) -> None:
+        """Tell the world that a handler does not return, or that the last such one has."""
+        with contextlib.suppress(TarsMQTTError):
+            if topic is None:
+                self.health.publish(True, "handler_returned", None, 0.0, quiet=True)
+            else:
+                error = f"the handler of {topic} does not return"
+                self.health.publish(False, "handler_timeout", error, 0.0, quiet=True)
 
     def subscribe(self, registration: Registration) -> Future[None]:
         """Ask the broker; the future is done at once when there is no connection to ask on."""

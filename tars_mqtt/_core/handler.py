@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import logging
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.stats import Counters
 from tars_mqtt.context import current_message
 from tars_mqtt.dedup import MessageDeduplicator
@@ -69,13 +70,15 @@ def _first_annotation(handler: Handler) -> Any:
 
 def is_coroutine_function(handler: Handler) -> bool:
     """Whether calling *handler* gives a coroutine, also for objects with an ``async def __call__``."""
-    return inspect.iscoroutinefunction(inspect.unwrap(handler) if callable(handler) else handler) or (
-        inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))
-    ) or (hasattr(handler, "func") and is_coroutine_function(handler.func))
+    # A decorator may make a coroutine function of a plain one, or pass on the coroutine of what it wraps.
+    candidates = (handler, inspect.unwrap(handler), getattr(type(handler), "__call__", None))
+    return any(map(inspect.iscoroutinefunction, candidates)) or (
+        hasattr(handler, "func") and is_coroutine_function(handler.func)
+    )
 
 
 class HandlerCall:
-    """The steps around one call of a handler, for any kind of dispatcher. Any thread; never raises.
+    """The steps around one call of a handler. Any thread; never raises.
 
     `begin`, then the call, then `succeeded` or `failed`. Calling the object does all three for a
     plain function.
@@ -98,73 +101,95 @@ class HandlerCall:
         self._correlation = correlation
         self._client_id = client_id
 
-    def begin(self, message: Message) -> tuple[Hashable | None, Any] | None:
-        """Return the claim and the handler's argument; None when the handler is not to be called."""
-        claim = None
-        if self._deduplicator is not None:
-            claim = self._claim_key(message)
-            if not self._claimed(claim, message):
-                return None
-        try:
-            return claim, self._convert(message)
-        except DecodeError as error:
-            self._undecodable(message, claim, error)
-        except BaseException as error:
-            self.failed(message, claim, error)
-        return None
-
-    def __call__(self, delivery: Delivery) -> bool:
-        message = delivery.message
-        begun = self.begin(message)
-        if begun is None:
-            return False
-        claim, argument = begun
-        token = current_message.set(message)
+    def __call__(self, delivery: Delivery) -> Outcome:
+        outcome, argument = self.begin(delivery)
+        if outcome is not None:
+            return outcome
+        token = current_message.set(delivery.message)
         try:
             self.handler(argument)
         except BaseException as error:  # SystemExit too: a handler ends itself, not the service
-            self.failed(message, claim, error)
-            return False
+            return self.failed(delivery, error)
         finally:
             current_message.reset(token)
-        self.succeeded(claim)
-        return True
+        return self.succeeded(delivery)
 
-    def _claim_key(self, message: Message) -> Hashable | None:
+    def begin(self, delivery: Delivery) -> tuple[Outcome | None, Any]:
+        """Return the handler's argument, or how it came out without a call."""
+        message = delivery.message
+        if self._deduplicator is not None and not self._claimed(delivery, self._deduplicator):
+            return Outcome.SKIPPED, None
         try:
-            return self._number, message.envelope.dedup_key(self._correlation)
-        except DecodeError:
-            return None  # without an envelope there is no id to know it by
+            return None, self._convert(message)
+        except DecodeError as error:
+            return self._undecodable(delivery, error), None
+        except BaseException as error:
+            return self.failed(delivery, error), None
 
-    def _claimed(self, claim: Hashable | None, message: Message) -> bool:
-        if claim is None or self._deduplicator is None or self._deduplicator.claim(claim):
+    def _claimed(self, delivery: Delivery, deduplicator: MessageDeduplicator) -> bool:
+        message = delivery.message
+        try:
+            claim = self._number, message.envelope.dedup_key(self._correlation)
+        except DecodeError:
+            return True  # without an envelope there is no id to know it by
+        if deduplicator.claim(claim):
+            delivery.claim = claim
             return True
         self._counters.add("duplicates")
         logger.debug("filtered a duplicate on %r", message.topic, extra=self._extra(message))
         return False
 
-    def succeeded(self, claim: Hashable | None) -> None:
-        """The handler returned."""
-        if claim is not None and self._deduplicator is not None:
-            self._deduplicator.keep(claim)
+    def _keep(self, delivery: Delivery) -> None:
+        if delivery.claim is not None and self._deduplicator is not None:
+            self._deduplicator.keep(delivery.claim)
 
-    def failed(self, message: Message, claim: Hashable | None, error: BaseException) -> None:
-        """The handler raised: a redelivery will be handled."""
-        if claim is not None and self._deduplicator is not None:
-            self._deduplicator.release(claim)
+    def timed_out(self, delivery: Delivery, timeout: float) -> Outcome:
+        """The handler did not return in time: the next attempt, or a redelivery, will be handled."""
+        self._release(delivery)
+        message = delivery.message
+        delivery.error = f"the handler did not return within {timeout:g} s"
+        self._counters.add("handler_timeouts")
+        logger.warning(
+            "handler %s did not return within %g s on a message of %r, which counts as failed",
+            self._name(),
+            timeout,
+            message.topic,
+            extra=self._extra(message),
+        )
+        return Outcome.FAILED
+
+    def _name(self) -> str:
+        return getattr(self.handler, "__qualname__", None) or repr(self.handler)
+
+    def _release(self, delivery: Delivery) -> None:
+        if delivery.claim is not None and self._deduplicator is not None:
+            self._deduplicator.release(delivery.claim)
+
+    def succeeded(self, delivery: Delivery) -> Outcome:
+        """The handler returned."""
+        self._keep(delivery)
+        return Outcome.HANDLED
+
+    def failed(self, delivery: Delivery, error: BaseException) -> Outcome:
+        """The handler raised: the next attempt, or a redelivery, will be handled."""
+        self._release(delivery)
+        message = delivery.message
+        delivery.error = f"{type(error).__qualname__}: {error}"
         self._counters.add("handler_failures")
         logger.error(
             "handler %s failed on a message of %r",
-            getattr(self.handler, "__qualname__", repr(self.handler)),
+            self._name(),
             message.topic,
             exc_info=error,
             extra=self._extra(message),
         )
+        return Outcome.FAILED
 
-    def _undecodable(self, message: Message, claim: Hashable | None, error: DecodeError) -> None:
+    def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
         """The payload is not what the handler asks for."""
-        if claim is not None and self._deduplicator is not None:
-            self._deduplicator.keep(claim)
+        self._keep(delivery)
+        message = delivery.message
+        delivery.error = f"DecodeError: {error}"
         self._counters.add("decode_failures")
         logger.warning(
             "a message of %r with %d bytes is not what its handler asks for: %s",
@@ -173,6 +198,7 @@ class HandlerCall:
             error,
             extra=self._extra(message),
         )
+        return Outcome.UNDECODABLE
 
     def _extra(self, message: Message) -> dict[str, Any]:
         fields: dict[str, Any] = {"client_id": self._client_id, "topic": message.topic, "qos": message.qos}

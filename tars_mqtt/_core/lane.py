@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from typing import Protocol
 
@@ -20,6 +20,13 @@ class Delivery:
     acknowledgement: Acknowledgement | None
     key: Hashable = None
     number: int = 0
+    claim: Hashable = None
+    """What deduplication knows it by, while it is in work."""
+    failures: int = 0
+    error: str = ""
+    """What the last failure said."""
+    failed_first: float = 0.0
+    """Unix time of the first failure."""
 
     def done(self) -> bool:
         """Count the delivery as over; True when an acknowledgement became due by it."""
@@ -43,6 +50,9 @@ class Lane(Protocol):
 
     def clear(self) -> list[Delivery]:
         """Remove and return everything."""
+
+    def ready(self) -> bool:
+        """Whether to try `take`: when this is False, only `push` or `finish` can make it worth a try."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +96,9 @@ class Fifo:
     def clear(self) -> list[Delivery]:
         return self.take(len(self))
 
+    def ready(self) -> bool:
+        return bool(self._lossy or self._kept)
+
     def __len__(self) -> int:
         return len(self._lossy) + len(self._kept)
 
@@ -95,7 +108,10 @@ class Keyed:
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, Fifo] = {}
+        # Keys of which nothing is in work.
         self._runnable: deque[Hashable] = deque()
+        # QoS 0 of all lines, the oldest first.
+        self._lossy: OrderedDict[Delivery, None] = OrderedDict()
         self._size = 0
 
     def push(self, deliveries: Iterable[Delivery]) -> None:
@@ -105,6 +121,8 @@ class Keyed:
                 line = self._lines[delivery.key] = Fifo()
                 self._runnable.append(delivery.key)
             line.push((delivery,))
+            if delivery.acknowledgement is None:
+                self._lossy[delivery] = None
             self._size += 1
 
     def take(self, most: int) -> list[Delivery]:
@@ -112,6 +130,8 @@ class Keyed:
             key = self._runnable.popleft()
             batch = self._lines[key].take(most)
             if batch:
+                for delivery in batch:
+                    self._lossy.pop(delivery, None)
                 self._size -= len(batch)
                 return batch
             del self._lines[key]
@@ -125,16 +145,20 @@ class Keyed:
             del self._lines[key]
 
     def drop_oldest(self) -> Delivery | None:
-        for line in self._lines.values():
-            delivery = line.drop_oldest()
-            if delivery is not None:
-                self._size -= 1
-                return delivery
-        return None
+        if not self._lossy:
+            return None
+        delivery, _ = self._lossy.popitem(last=False)
+        self._lines[delivery.key].drop_oldest()
+        self._size -= 1
+        return delivery
 
     def clear(self) -> list[Delivery]:
         self._size = 0
+        self._lossy.clear()
         return [delivery for line in self._lines.values() for delivery in line.clear()]
+
+    def ready(self) -> bool:
+        return bool(self._runnable)
 
     def __len__(self) -> int:
         return self._size

@@ -25,8 +25,11 @@ class Stats:
         duplicates: Deliveries that deduplication filtered.
         decode_failures: Deliveries whose payload was not what the handler asks for.
         handler_failures: Deliveries whose handler raised.
+        handler_retries: Further attempts after a failure.
+        handler_timeouts: Handlers that did not return in time.
+        dead_letters: Deliveries that ended as dead letters.
         dropped: Messages given up, by reason: ``max_pending``, ``no_handler``, ``unsubscribed``,
-            ``connection_lost``, ``shutdown``.
+            ``connection_lost``, ``dead_letter``, ``shutdown``.
         connections: Connections established.
         reconnects: Connections established after the first.
         queued: Outgoing messages held now, unacknowledged ones included.
@@ -48,6 +51,9 @@ class Stats:
     duplicates: int = 0
     decode_failures: int = 0
     handler_failures: int = 0
+    handler_retries: int = 0
+    handler_timeouts: int = 0
+    dead_letters: int = 0
     dropped: Mapping[str, int] = attrs.field(factory=dict)
     connections: int = 0
     reconnects: int = 0

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from tars_mqtt._core.dispatch import Consumer, in_work
-from tars_mqtt._core.engine import Engine, OrderBy
+from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import ConnectionState
 from tars_mqtt._core.stats import Stats
@@ -143,8 +144,8 @@ class MQTTClient:
         self._bridge = Bridge()
         self._engine = Engine(
             config,
-            lambda config, counters, acknowledge: LoopDispatcher(
-                self._bridge, config.workers, config.max_pending, counters, acknowledge, config.client_id
+            lambda config, counters, acknowledge, stuck: LoopDispatcher(
+                self._bridge, config.workers, config.max_pending, counters, acknowledge, config.client_id, stuck
             ),
         )
         self._executor: ThreadPoolExecutor | None = None
@@ -402,36 +403,20 @@ class MQTTClient:
         handler: Callable[[Any], Any],
         qos: int = 0,
         *,
-        concurrency: int | None = None,
-        order_by: OrderBy = None,
         timeout: Timeout = DEFAULT,
+        **options: Unpack[HandlerOptions],
     ) -> Subscription:
         """Have *handler* called with each message that matches.
 
         A coroutine function runs as a task on the loop, a plain function on a worker thread.
         """
-        registration = self._register(topic, handler, qos, concurrency, order_by)
-        return await self._subscribed(registration, timeout)
+        return await self._subscribed(self._register(topic, handler, qos, options), timeout)
 
     def _register(
-        self, topic: str, handler: Callable[[Any], Any], qos: int, concurrency: int | None, order_by: OrderBy
+        self, topic: str, handler: Callable[[Any], Any], qos: int, options: HandlerOptions
     ) -> Registration:
-        engine = self._engine
-        kind = CoroutineCall if is_coroutine_function(handler) else HandlerCall
-        return engine.register(
-            topic,
-            qos,
-            lambda number: kind(
-                handler,
-                number,
-                engine.counters,
-                engine.deduplicator,
-                self.config.correlation,
-                self.config.client_id,
-            ),
-            concurrency,
-            order_by,
-        )
+        call = CoroutineCall if is_coroutine_function(handler) else HandlerCall
+        return self._engine.register(topic, qos, call, handler, options)
 
     async def _subscribed(self, registration: Registration, timeout: Timeout) -> Subscription:
         engine, topic = self._engine, registration.topic
@@ -461,13 +446,7 @@ class MQTTClient:
         future.result(0)
 
     def on(
-        self,
-        topic: str,
-        qos: int = 0,
-        *,
-        concurrency: int | None = None,
-        order_by: OrderBy = None,
-        timeout: Timeout = DEFAULT,
+        self, topic: str, qos: int = 0, *, timeout: Timeout = DEFAULT, **options: Unpack[HandlerOptions]
     ) -> Callable[[HandlerT], HandlerT]:
         """Decorator form of `subscribe`; usable before `connect`.
 
@@ -476,7 +455,7 @@ class MQTTClient:
         seconds(timeout, 0.0)
 
         def decorate(handler: HandlerT) -> HandlerT:
-            self._engine.subscribe(self._register(topic, handler, qos, concurrency, order_by))
+            self._engine.subscribe(self._register(topic, handler, qos, options))
             return handler
 
         return decorate
@@ -537,7 +516,7 @@ class MessageIterator(AsyncIterator[Message]):
     def __init__(self, client: MQTTClient, topic: str, qos: int) -> None:
         self._client = client
         self._arrived = asyncio.Event()
-        self._registration = client._engine.register(topic, qos, lambda _: None)
+        self._registration = client._engine.register(topic, qos, None, None, {})
         self._consumer: Consumer = self._registration.consumer
         self._consumer.arrived = lambda: client._bridge.post(self._arrived.set)
         self._subscription: Subscription | None = None

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from tars_mqtt._core.dispatch import Consumer, WorkerPool, in_work
+from tars_mqtt._core.dispatch import Consumer, in_work
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.recovery import Outcome
+from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.context import current_message
 
 _MOST_CALLS = 256
@@ -64,25 +66,29 @@ class Bridge:
 class CoroutineCall(HandlerCall):
     """The steps around one call of a coroutine function. Runs on the loop."""
 
-    async def run(self, delivery: Delivery) -> bool:
-        """Handle one delivery; True when the handler returned."""
-        message = delivery.message
-        begun = self.begin(message)
-        if begun is None:
-            return False
-        claim, argument = begun
-        token = current_message.set(message)
+    async def run(self, delivery: Delivery, timeout: float | None) -> Outcome:
+        """Handle one delivery."""
+        outcome, argument = self.begin(delivery)
+        if outcome is not None:
+            return outcome
+        limit = None if timeout is None else asyncio.timeout(timeout)
+        token = current_message.set(delivery.message)
         try:
-            await self.handler(argument)
+            if limit is None:
+                await self.handler(argument)
+            else:
+                async with limit:
+                    await self.handler(argument)
         except BaseException as error:
-            self.failed(message, claim, error)
-            if isinstance(error, asyncio.CancelledError):
+            if timeout is not None and limit is not None and limit.expired():
+                return self.timed_out(delivery, timeout)
+            outcome = self.failed(delivery, error)
+            if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
-            return False
+            return outcome
         finally:
             current_message.reset(token)
-        self.succeeded(claim)
-        return True
+        return self.succeeded(delivery)
 
 
 class LoopDispatcher(WorkerPool):
@@ -97,40 +103,62 @@ class LoopDispatcher(WorkerPool):
         # Owned by the loop's thread:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def _start(self, consumer: Consumer) -> None:
+    def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
         if isinstance(consumer.handle, CoroutineCall):
-            self._bridge.post(lambda: self._spawn(consumer))
+            self._bridge.post(lambda: self._spawn(consumer, batch))
         else:
-            super()._start(consumer)
+            super()._start(consumer, batch)
 
-    def _spawn(self, consumer: Consumer) -> None:
+    def _spawn(self, consumer: Consumer, batch: list[Delivery] | None) -> None:
         assert self._bridge.loop is not None
-        task = self._bridge.loop.create_task(self._serve(consumer), name=f"tars-mqtt/{self._client_id}/handler")
+        task = self._bridge.loop.create_task(
+            self._serve(consumer, batch), name=f"tars-mqtt/{self._client_id}/handler"
+        )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, consumer: Consumer) -> None:
-        more = True
-        while more:
-            batch = self._take(consumer)
-            in_work.set(len(batch))
-            handled = 0
-            started = time.monotonic()
-            try:
-                for delivery in batch:
-                    if self.stopping:
-                        # Not done, so not acknowledged: the broker delivers it to the next session.
-                        self._counters.drop("shutdown")
-                        continue
-                    assert isinstance(consumer.handle, CoroutineCall)
-                    handled += await consumer.handle.run(delivery)
-                    if delivery.done():
-                        self._acknowledge()
-            finally:
+    async def _serve(self, consumer: Consumer, batch: list[Delivery] | None) -> None:
+        while True:
+            if not await self._handle_on_loop(consumer, self._take(consumer) if batch is None else batch):
+                return
+            batch = None
+            # A handler that never waits would keep the loop to itself.
+            await asyncio.sleep(0)
+
+    async def _handle_on_loop(self, consumer: Consumer, batch: list[Delivery]) -> bool:
+        """Handle a burst; True when the consumer has more for the same task."""
+        call = consumer.handle
+        assert isinstance(call, CoroutineCall)
+        in_work.set(len(batch))
+        handled = 0
+        started = time.monotonic()
+        postponed = more = False
+        try:
+            for index, delivery in enumerate(batch):
+                if self.stopping:
+                    # Not done, so not acknowledged: the broker delivers it to the next session.
+                    self._counters.drop("shutdown", len(batch) - index)
+                    break
+                if consumer.closed:
+                    self._give_up(batch[index:], "unsubscribed")
+                    break
+                outcome = await call.run(delivery, consumer.recovery.timeout)
+                if outcome is Outcome.HANDLED:
+                    handled += 1
+                elif outcome is not Outcome.SKIPPED:
+                    delay = self._after_failure(consumer, delivery, outcome)
+                    if delay is not None:
+                        postponed = True
+                        self._finish_part(consumer, batch[:index], handled)
+                        self._postpone(consumer, batch[index:], delay)
+                        return False
+                    continue
+                if delivery.done():
+                    self._acknowledge()
+        finally:
+            if not postponed:
                 more = self._finish(consumer, batch, handled, time.monotonic() - started)
-            if more:
-                # A handler that never waits would keep the loop to itself.
-                await asyncio.sleep(0)
+        return more
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout

@@ -1,0 +1,48 @@
+"""What becomes of a delivery whose handler failed."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable
+
+import attrs
+
+from tars_mqtt._core.lane import Delivery
+
+_LONGEST_DELAY = 300.0
+
+
+class Outcome(enum.Enum):
+    """How the attempt to handle one delivery came out."""
+
+    HANDLED = "handled"
+    SKIPPED = "skipped"
+    """A duplicate: there was nothing to do."""
+    FAILED = "failed"
+    UNDECODABLE = "undecodable"
+    """Another attempt would fail in the same way."""
+
+
+@attrs.frozen(kw_only=True)
+class Recovery:
+    """How one subscription deals with failures.
+
+    Retries hold their lane: order is kept, other lanes and other keys go on.
+    """
+
+    retries: int = 0
+    retry_delay: float = 0.5
+    """Seconds before the first retry; doubled for each further one."""
+    timeout: float | None = None
+    """Seconds after which a handler that does not return counts as failed."""
+    bury: Callable[[Delivery, Callable[[], None]], None] | None = None
+    """Sends a delivery to the dead letters, and calls back when the broker has it."""
+
+    def delay(self, delivery: Delivery, outcome: Outcome) -> float | None:
+        """Seconds until the next attempt; None when there is none."""
+        if outcome is not Outcome.FAILED or delivery.failures > self.retries:
+            return None
+        ceiling = min(_LONGEST_DELAY, self.retry_delay * 2.0 ** min(delivery.failures - 1, 32))
+        # Half fixed, half drawn: never at once, and not all together.
+        return random.uniform(ceiling / 2, ceiling)

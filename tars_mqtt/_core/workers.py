@@ -1,0 +1,216 @@
+"""The threads that call handlers."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import attrs
+
+from tars_mqtt._core.dispatch import Consumer, Dispatcher, in_work
+from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.recovery import Outcome
+from tars_mqtt._core.stats import Counters
+
+logger = logging.getLogger("tars_mqtt.dispatch")
+
+
+@attrs.frozen
+class Burst:
+    """What a worker does next: a batch that had to wait, or what waits in the consumer's lane."""
+
+    consumer: Consumer
+    batch: list[Delivery] | None = None
+
+
+@attrs.define(eq=False)
+class Watch:
+    """One call of a handler that has a time limit. Guarded by the pool's lock."""
+
+    consumer: Consumer
+    delivery: Delivery
+    thread: threading.Thread
+    returned: bool = False
+    expired: bool = False
+
+
+class WorkerPool(Dispatcher):
+    """Calls handlers on at most *workers* threads, started when first needed.
+
+    A handler that exceeds its time limit keeps its thread until it returns; another thread takes
+    the place, as long as no more than *workers* are stuck so.
+
+    Args:
+        stuck: Called when a handler exceeds its time limit, with the message's topic, and with None
+            when the last such handler has returned.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        max_pending: int,
+        counters: Counters,
+        acknowledge: Callable[[], None],
+        client_id: str,
+        stuck: Callable[[str | None], None] = lambda _: None,
+    ) -> None:
+        super().__init__(max_pending, counters, acknowledge, client_id)
+        self._workers = workers
+        self._tell_stuck = stuck
+        self._names = 0
+        # Guarded by _lock:
+        self._threads: set[threading.Thread] = set()
+        self._stuck: set[threading.Thread] = set()
+        self._busy = 0
+        self._ready: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        with self._lock:
+            if not self.stopping:
+                return
+            # A thread that is still in a handler keeps the old queue, and ends with it.
+            self._ready = queue.SimpleQueue()
+            self._threads = set()
+            self._busy = 0
+            self.stopping = False
+            for consumer in self._consumers:
+                consumer.tokens = 0
+
+    def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
+        with self._lock:
+            self._busy += 1
+            thread = self._another_thread()
+        self._ready.put(Burst(consumer, batch))
+        if thread is not None:
+            thread.start()
+
+    def _another_thread(self) -> threading.Thread | None:
+        """A thread to start, if all are busy and one more is allowed. Holds the lock."""
+        if self._busy <= len(self._threads) or len(self._threads) >= self._workers:
+            return None
+        self._names += 1
+        name = f"tars-mqtt/{self._client_id}/worker-{self._names}"
+        thread = threading.Thread(target=self._work, args=(self._ready,), name=name, daemon=True)
+        self._threads.add(thread)
+        return thread
+
+    def _work(self, ready: queue.SimpleQueue[Burst | None]) -> None:
+        this = threading.current_thread()
+        while (burst := ready.get()) is not None:
+            try:
+                self._handle(burst, ready)
+            except Exception:
+                logger.exception("internal error on a worker thread", extra={"client_id": self._client_id})
+            if this in self._stuck:
+                break
+        with self._lock:
+            self._threads.discard(this)
+            was_stuck = this in self._stuck
+            self._stuck.discard(this)
+            last = was_stuck and not self._stuck
+        if last:
+            self._tell_stuck(None)
+
+    def _handle(self, burst: Burst, ready: queue.SimpleQueue[Burst | None]) -> None:
+        consumer = burst.consumer
+        batch = self._take(consumer) if burst.batch is None else burst.batch
+        handle = consumer.handle
+        assert handle is not None
+        in_work.set(len(batch))
+        handled = 0
+        started = time.monotonic()
+        for index, delivery in enumerate(batch):
+            if self.stopping:
+                # Not done, so not acknowledged: the broker delivers it to the next session.
+                self._counters.drop("shutdown", len(batch) - index)
+                break
+            if consumer.closed:
+                self._give_up(batch[index:], "unsubscribed")
+                break
+            if consumer.recovery.timeout is None:
+                outcome = handle(delivery)
+            else:
+                watch = self._watch(consumer, delivery, consumer.recovery.timeout)
+                outcome = handle(delivery)
+                if self._expired(watch):
+                    return  # dealt with, and this thread replaced
+            if outcome is Outcome.HANDLED:
+                handled += 1
+            elif outcome is not Outcome.SKIPPED:
+                delay = self._after_failure(consumer, delivery, outcome)
+                if delay is not None:
+                    self._finish_part(consumer, batch[:index], handled)
+                    self._postpone(consumer, batch[index:], delay)
+                    self._idle()
+                    return
+                continue
+            if delivery.done():
+                self._acknowledge()
+        in_work.set(0)
+        if self._finish(consumer, batch, handled, time.monotonic() - started):
+            ready.put(Burst(consumer))
+        else:
+            self._idle()
+
+    def _idle(self) -> None:
+        in_work.set(0)
+        with self._lock:
+            self._busy -= 1
+
+    # -- handlers with a time limit -----------------------------------------------------------
+
+    def _watch(self, consumer: Consumer, delivery: Delivery, timeout: float) -> Watch:
+        watch = Watch(consumer, delivery, threading.current_thread())
+        self.timer.call_later(timeout, lambda: self._expire(watch, timeout))
+        return watch
+
+    def _expired(self, watch: Watch) -> bool:
+        with self._lock:
+            watch.returned = True
+            return watch.expired
+
+    def _expire(self, watch: Watch, timeout: float) -> None:
+        """The time is up: treat the message as failed, and go on without the thread. Timer thread."""
+        with self._lock:
+            if watch.returned or self.stopping:
+                return
+            if len(self._stuck) >= self._workers:
+                # No thread can take the place of this one: look again later.
+                self.timer.call_later(timeout, lambda: self._expire(watch, timeout))
+                return
+            watch.expired = True
+            self._threads.discard(watch.thread)
+            self._stuck.add(watch.thread)
+            self._busy -= 1
+        assert watch.consumer.handle is not None
+        outcome = watch.consumer.handle.timed_out(watch.delivery, timeout)
+        self._tell_stuck(watch.delivery.message.topic)
+        delay = self._after_failure(watch.consumer, watch.delivery, outcome)
+        if delay is not None:
+            self._postpone(watch.consumer, [watch.delivery], delay)
+        elif self._finish(watch.consumer, [watch.delivery], 0, timeout):
+            self._start(watch.consumer)
+
+    def stop(self, timeout: float) -> list[str]:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self.stopping = True
+            threads = (self._threads | self._stuck) - {threading.current_thread()}
+            for consumer in self._consumers:
+                left = consumer.lane.clear()
+                self._pending -= len(left)
+                if left:
+                    self._counters.drop("shutdown", len(left))
+            iterators = [consumer.arrived for consumer in self._consumers if consumer.arrived is not None]
+            self._changed.notify_all()
+        self.timer.stop()
+        for arrived in iterators:
+            arrived()
+        for _ in range(len(threads) + 1):
+            self._ready.put(None)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return [thread.name for thread in threads if thread.is_alive()]
