@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class ConnectRefusedError(ConnectError):
         self.code = code
         self.retriable = retriable
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(type(self), reason=self.reason, code=self.code, retriable=self.retriable)
+        return make, self.args
+
 
 class ClosedError(TarsMQTTError, RuntimeError):
     """The client was shut down, or belongs to the parent of a forked process."""
@@ -94,7 +99,15 @@ class PublishError(TarsMQTTError):
 
 
 class QueueFullError(PublishError):
-    """No room for another outgoing message; this one was not taken."""
+    """No room for another outgoing message; this one was not taken.
+
+    Attributes:
+        retriable: Whether room may come free for it; not where it is larger than all the room there is.
+    """
+
+    def __init__(self, message: str, retriable: bool = True) -> None:
+        super().__init__(message)
+        self.retriable = retriable
 
 
 class AckTimeoutError(PublishError, TimeoutError):
@@ -121,6 +134,9 @@ class PublishRejectedError(PublishError):
         super().__init__(message)
         self.reason = reason
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), reason=self.reason, code=self.code), self.args
 
 
 class SubscribeError(TarsMQTTError):

@@ -190,8 +190,8 @@ class PublishReceipt:
         callback(self)
 
     def _mark_sent(self) -> bool:
-        """The message is about to be sent; False when it was taken back before."""
-        return self._advance(_SENT, only_from=(_PENDING,))
+        """The message is about to be sent, once more perhaps; False when it was taken back before."""
+        return self._advance(_SENT)
 
     def _settle(self) -> None:
         """The broker has it."""

@@ -76,9 +76,7 @@ class Engine:
         )
         self._outbound.refuse(_not_started())
         self.health = Health(config, self._send_health)
-        self._session = Session(
-            config, self.state, self._registry, self._outbound, self.counters, self.health
-        )
+        self._session = Session(config, self.state, self._registry, self._outbound, self.health)
         self._session.inbound = Inbound(
             self._registry, self.dispatcher, self.counters, self._session.offer_to_paho
         )
@@ -128,6 +126,7 @@ class Engine:
             raise ConnectError(
                 f"no connection to {self.config.urls[0]} within {timeout:g} s"
                 + (f": {reason}" if reason else "")
+                + "; check mqtt_url, and whether a broker runs there"
             ) from None
         except SubscribeError as error:
             raise SubscribeError(str(error), error.refused) from error
@@ -216,6 +215,10 @@ class Engine:
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when a refused message is worth another try."""
         self._outbound.when_room(callback)
+
+    def never_mind(self, callback: Callable[[], None]) -> None:
+        """Undo `when_room`."""
+        self._outbound.never_mind(callback)
 
     def submit_event(
         self,
@@ -334,7 +337,7 @@ class Engine:
         if entry is None or not self._session.running:
             waiter.set_result(None)
         else:
-            self._session.call(lambda: self._session.subscribe(entry, registration, waiter))
+            self._session.subscribe(entry, registration, waiter)
         return waiter
 
     def unregister(self, registration: Registration) -> Future[None]:
@@ -345,7 +348,7 @@ class Engine:
         if entry is None or not self._session.running:
             waiter.set_result(None)
         else:
-            self._session.call(lambda: self._session.unsubscribe(entry, waiter))
+            self._session.unsubscribe(entry, waiter)
         return waiter
 
     # -- looking ----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Inbound:
         # Topic and properties decide the route of a message that is not retained.
         self._routes: dict[tuple[str, bytes], tuple[Registration, ...]] = {}
         self._homeless: list[Delivery] = []
-        self._may_be_homeless = False
+        self.may_be_homeless = False
         self._v5 = True
         self._closing = False
         self.messages = 0
@@ -53,16 +53,24 @@ class Inbound:
 
     # -- connections ------------------------------------------------------------------------
 
-    def new_connection(self, v5: bool, session_present: bool, first: bool) -> None:
-        """Start over; what is in work stays in work."""
+    def new_connection(self, v5: bool, resumed: bool, strange: bool) -> None:
+        """Start over; what is in work stays in work.
+
+        Args:
+            v5: Whether the connection speaks MQTT 5.
+            resumed: The broker still has the session of our last connection.
+            strange: It has a session that we do not know, of an earlier process for instance, which
+                may bring messages before anybody has subscribed.
+        """
         self._v5 = v5
-        self._ledger.new_connection(session_present)
-        self._batches.clear()
-        self._homeless.clear()
-        # The session of an earlier process brings messages before this one has subscribed.
-        self._may_be_homeless = first and session_present
+        self._ledger.new_connection(resumed)
+        # What came right before a malformed packet: entered, so not to be handled when it comes again.
+        self.hand_over()
+        if not resumed:
+            self._homeless.clear()
+        self.may_be_homeless = strange or bool(self._homeless)
         self._forget_routes()
-        if not session_present:
+        if not resumed:
             for entry in self._router:
                 entry.identified = False
 
@@ -84,7 +92,7 @@ class Inbound:
 
     def settle_homeless(self) -> None:
         """Everything is subscribed that will be: who has no handler now gets none."""
-        self._may_be_homeless = False
+        self.may_be_homeless = False
         homeless, self._homeless = self._homeless, []
         for delivery in homeless:
             self._no_handler(delivery.message)
@@ -92,7 +100,11 @@ class Inbound:
 
     def open(self) -> None:
         """Take messages, again."""
-        self._closing = False
+        if self._closing:
+            # After a shutdown: what had not been handled by then never will be.
+            self._ledger.forget()
+            self._homeless.clear()
+            self._closing = False
 
     def close(self) -> None:
         """Take no more messages; what is in work may still be acknowledged."""
@@ -204,7 +216,7 @@ class Inbound:
     def _without_taker(self, message: Message, packet_id: int) -> None:
         if not message.qos:
             self._no_handler(message)
-        elif self._may_be_homeless:
+        elif self.may_be_homeless:
             self._homeless.append(Delivery(message, self._ledger.accept(packet_id, message, 1)))
         else:
             self._no_handler(message)

@@ -65,6 +65,11 @@ class Ledger:
             self._in_work.clear()
             self._received.clear()
 
+    def forget(self) -> None:
+        """What is in work will never be done: it is handled when the broker delivers it again."""
+        self._order.clear()
+        self._in_work.clear()
+
     def known(self, packet_id: int, message: Message) -> bool:
         """Take note of a repetition; True when the message needs no handling again."""
         if message.qos == 2 and packet_id in self._received:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -24,10 +25,12 @@ _LAST_PACKET_ID = 65_535
 _ENOUGH_UNSENT = 262_144
 """Bytes handed to the stream at a time; the rest stays here, where it is counted and bounded."""
 
+_MOST_STRIKES = 3
+
 
 @attrs.define(eq=False)
 class Outgoing:
-    """One message on its way to the broker. The last three: owned by the network thread."""
+    """One message on its way to the broker. The last four: owned by the network thread."""
 
     topic: bytes
     payload: bytes
@@ -38,6 +41,8 @@ class Outgoing:
     sent: bool = False
     received: bool = False
     """PUBREC came: the broker has it, only the release is still to be said (QoS 2)."""
+    strikes: int = 0
+    """How often the broker closed the connection over it, as far as can be told."""
 
     @property
     def size(self) -> int:
@@ -71,6 +76,8 @@ class Outbound:
         self._v5 = True
         self._limits = Connack(code=0, reason="", session_present=False)
         self._lossy_unsent = 0
+        self._largest = 0
+        self._suspect: Outgoing | None = None
         self.messages = 0
         self.acknowledgements = 0
         # Guarded by _lock; the queues are also taken from, at their left end, by the network thread:
@@ -121,13 +128,13 @@ class Outbound:
         with self._room:
             if self._held >= self._max_queued or self._held_bytes + size > self._max_queued_bytes:
                 self._await_room(message, size, timeout)
+            if self._refusal is not None:
+                raise _fresh(self._refusal)
             if message.qos:
-                if self._refusal is not None:
-                    raise _fresh(self._refusal)
                 self._firm.append(message)
             else:
                 if not self._online:
-                    raise self._refusal_of_qos_0()
+                    raise _offline()
                 self._lossy.append(message)
             self._held += 1
             self._held_bytes += size
@@ -143,7 +150,8 @@ class Outbound:
         if size > self._max_queued_bytes:
             raise QueueFullError(
                 f"the message of {size:,} bytes is larger than max_queued_bytes={self._max_queued_bytes:,}: "
-                "raise the setting"
+                "raise the setting",
+                retriable=False,
             )
         self._waiting += 1
         try:
@@ -160,19 +168,18 @@ class Outbound:
         with self._room:
             self._callbacks.append(callback)
 
+    def never_mind(self, callback: Callable[[], None]) -> None:
+        """Undo `when_room`; where the call has come already, it goes to the next in line."""
+        try:
+            self._callbacks.remove(callback)
+        except ValueError:
+            self._call_back(1)
+
     def _call_back(self, most: int) -> None:
         """One callback for each message that left: no stampede for the same room."""
-        while most and self._callbacks:
-            most -= 1
-            self._callbacks.popleft()()
-
-    def _refusal_of_qos_0(self) -> Exception:
-        if self._refusal is not None:
-            return _fresh(self._refusal)
-        return NotConnectedError(
-            "there is no connection to the broker: a message of QoS 0 would be lost; "
-            "publish with qos=1 to have it wait, or call wait_connected() first"
-        )
+        with contextlib.suppress(IndexError):  # another thread may take the last one
+            for _ in range(most):
+                self._callbacks.popleft()()
 
     def open(self) -> None:
         """Admit messages from now on."""
@@ -198,7 +205,9 @@ class Outbound:
     def abandon(self) -> int:
         """Give up what is held; returns how many of QoS 1 and 2 there were. After the network thread."""
         with self._room:
-            lost = [*self._inflight.values(), *self._firm]
+            # What was taken back is done already.
+            held = (*self._inflight.values(), *self._firm)
+            lost = [message for message in held if not message.receipt.done()]
             lossy = len(self._lossy)
             self._inflight.clear()
             self._firm.clear()
@@ -215,23 +224,31 @@ class Outbound:
 
     # -- network thread ---------------------------------------------------------------------
 
-    def connected(self, connack: Connack, v5: bool) -> None:
-        """A connection is there: send what waits, what was interrupted first."""
+    def connected(self, connack: Connack, v5: bool, resumed: bool) -> None:
+        """A connection is there: send what waits, what was interrupted first.
+
+        Args:
+            resumed: The broker still has the session in which the interrupted messages were sent.
+        """
         self._v5 = v5
         self._limits = connack
         self._window = min(self._max_inflight, connack.receive_maximum, _LAST_PACKET_ID - LAST_PAHO_PACKET_ID)
         interrupted = list(self._inflight.values())
         self._inflight.clear()
-        if not connack.session_present:
-            # The broker forgot: nothing of it is a repetition, and no release is awaited.
-            for message in interrupted:
-                message.sent = message.received = False
         with self._room:
             self._firm.extendleft(reversed(interrupted))
+            if not resumed:
+                # The broker forgot: nothing of it is a repetition, and no release is awaited. Not only what
+                # the last connection interrupted: an earlier one's may not have had its turn since.
+                for message in self._firm:
+                    message.sent = message.received = False
             self._online = True
 
-    def disconnected(self) -> None:
+    def disconnected(self, by_broker: bool) -> None:
         """The connection is gone: QoS 0 that did not leave with it is lost, the rest stays."""
+        if by_broker:
+            self._blame()
+        self._suspect = None
         with self._room:
             self._online = False
             lost = len(self._lossy)
@@ -246,16 +263,47 @@ class Outbound:
             self._counters.drop("connection_lost", lost)
             logger.warning("lost up to %d messages of QoS 0 with the connection", lost)
 
+    def _blame(self) -> None:
+        """Find the message over which the broker hangs up, if it does.
+
+        Brokers close the connection over a packet that is larger than they allow, and MQTT 3.1.1 has
+        no way to say so. So a message larger than any that was ever acknowledged is sent again alone;
+        if the connection breaks over it each time, it fails, and those behind it go on.
+        """
+        suspect = self._suspect
+        if suspect is None:
+            for message in self._inflight.values():
+                if message.size > self._largest and not message.strikes:
+                    message.strikes = 1
+            return
+        suspect.strikes += 1
+        if suspect.strikes >= _MOST_STRIKES:
+            del self._inflight[suspect.packet_id]
+            self._freed(1, suspect.size)
+            self._rejected(
+                suspect,
+                f"the broker closed the connection each of the {suspect.strikes} times that it was sent; "
+                f"its {suspect.size:,} bytes are probably more than the broker allows",
+                None,
+            )
+
+    def _may_send(self) -> bool:
+        """Whether the window is open for the first message that waits."""
+        if self._suspect is not None or len(self._inflight) >= self._window:
+            return False
+        return not (self._inflight and self._firm[0].strikes)
+
     def pump(self, write: Callable[[bytes], None], unsent_bytes: int) -> bool:
         """Write what the window and the socket have room for; True when more could go right after."""
         if not unsent_bytes:
             self._lossy_unsent = 0
         room = _ENOUGH_UNSENT - unsent_bytes
         if room > 0 and self._lossy:
-            room -= self._pump_lossy(write, room)
-        while room > 0 and self._firm and len(self._inflight) < self._window:
+            # Half of it: neither kind starves the other.
+            room -= self._pump_lossy(write, (room + 1) // 2)
+        while room > 0 and self._firm and self._may_send():
             room -= self._send(self._firm.popleft(), write)
-        return room <= 0
+        return room <= 0 or bool(self._lossy)
 
     def _pump_lossy(self, write: Callable[[bytes], None], room: int) -> int:
         lossy, v5 = self._lossy, self._v5
@@ -306,6 +354,8 @@ class Outbound:
             if message.sent:
                 self._counters.add("retried")
         message.sent = True
+        if message.strikes:
+            self._suspect = message
         self._inflight[message.packet_id] = message
         write(packet)
         return len(packet)
@@ -364,6 +414,9 @@ class Outbound:
 
     def _settle(self, message: Outgoing, kind: int, reason: int) -> None:
         del self._inflight[message.packet_id]
+        if message is self._suspect:
+            self._suspect = None
+        self._largest = max(self._largest, message.size)
         self._freed(1, message.size)
         if reason >= 0x80:
             self._rejected(message, wire.reason_name(kind, reason), reason)
@@ -379,6 +432,13 @@ class Outbound:
                 self._room.notify_all()
         if self._callbacks:
             self._call_back(count)
+
+
+def _offline() -> NotConnectedError:
+    return NotConnectedError(
+        "there is no connection to the broker: a message of QoS 0 would be lost; "
+        "publish with qos=1 to have it wait, or call wait_connected() first"
+    )
 
 
 def _fresh(error: Exception) -> Exception:

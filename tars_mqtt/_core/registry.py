@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import zlib
-from concurrent.futures import Future
 from typing import Any
 
 import attrs
@@ -35,7 +34,7 @@ class Registration:
 class FilterEntry:
     """One filter as the broker knows it: several registrations may share it.
 
-    The last four are owned by the network thread.
+    The last three are owned by the network thread.
     """
 
     topic_filter: str
@@ -50,7 +49,6 @@ class FilterEntry:
     """Who gets the retained messages that the last SUBSCRIBE brought."""
     identified: bool = False
     """Whether a message with its identifier came in this session."""
-    waiters: list[Future[None]] = attrs.field(factory=list)
 
 
 class Registry:

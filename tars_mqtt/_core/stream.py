@@ -20,6 +20,10 @@ class ConnectionLostError(Exception):
     """The connection is gone; the message says how. Internal: never reaches a caller."""
 
 
+class SilenceError(ConnectionLostError):
+    """The peer gave no sign of life; nobody closed anything."""
+
+
 class Stream:
     """Buffers a non-blocking socket, so that packets cost no system call each.
 

@@ -26,7 +26,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dial import Interrupted, dial
-from tars_mqtt._core.stream import ConnectionLostError, Stream
+from tars_mqtt._core.stream import ConnectionLostError, SilenceError, Stream
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
@@ -38,6 +38,7 @@ __all__ = [
     "Interrupted",
     "LAST_PAHO_PACKET_ID",
     "Packets",
+    "SilenceError",
     "Suback",
     "Transport",
     "Unsuback",
@@ -195,20 +196,19 @@ class _Paho(mqtt.Client):
 class Transport:
     """One connection after the other. Owned by the network thread but for `wake` and `client`.
 
-    Ends with `close`; after that `open` starts afresh.
+    Holds no descriptor before `start` and after `close`; may be started again.
     """
+
+    _selector: selectors.BaseSelector
+    _waker: socket.socket
+    _alarm: socket.socket
 
     def __init__(self, client_id: str, version: int, clean: bool) -> None:
         self._client_id = client_id
         self._clean = clean
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._alarm = socket.socketpair()
-        self._waker.setblocking(False)
-        self._alarm.setblocking(False)
-        self._selector.register(self._waker, selectors.EVENT_READ)
         # Any thread:
         self.client = self._new_client(version)
-        self.closed = False
+        self.closed = True
         self._signalled = False
         self._sleeping = False
         # Owned by the network thread:
@@ -230,8 +230,20 @@ class Transport:
             with contextlib.suppress(OSError):
                 self._alarm.send(b"\0")
 
+    def start(self) -> None:
+        """Get ready for the network thread, before it starts."""
+        if self.closed:
+            self._selector = selectors.DefaultSelector()
+            self._waker, self._alarm = socket.socketpair()
+            self._waker.setblocking(False)
+            self._alarm.setblocking(False)
+            self._selector.register(self._waker, selectors.EVENT_READ)
+            self.closed = False
+
     def release_descriptors(self) -> None:
         """In a forked child: let go of the parent's connection without a word on it."""
+        if self.closed:
+            return
         if self._stream is not None:
             self._stream.close()
         self._selector.close()

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -374,26 +375,31 @@ class MQTTClient:
         """Submit, waiting for room as long as *limit* allows."""
         try:
             return PublishReceipt(submit(), self._bridge)
-        except QueueFullError:
-            if limit == 0:
+        except QueueFullError as error:
+            if limit == 0 or not error.retriable:
                 raise
         loop = asyncio.get_running_loop()
         deadline = None if limit is None else loop.time() + limit
         while True:
-            room = loop.create_future()
-            self._engine.when_room(lambda room=room: self._bridge.post(lambda: _resolve(room)))  # type: ignore[misc]
+            room: asyncio.Future[None] = loop.create_future()
+            tell = partial(self._bridge.post, partial(_resolve, room))
+            timer = None if deadline is None else loop.call_at(deadline, _resolve, room)
+            in_time = False
+            self._engine.when_room(tell)
             try:
                 # Room may have come free between the refusal and the registration.
                 return PublishReceipt(submit(), self._bridge)
             except QueueFullError:
-                timer = None if deadline is None else loop.call_at(deadline, _resolve, room)
-                try:
-                    await room
-                finally:
-                    if timer is not None:
-                        timer.cancel()
-                if deadline is not None and loop.time() >= deadline:
-                    return PublishReceipt(submit(), self._bridge)
+                await room
+                in_time = deadline is None or loop.time() < deadline
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                if not in_time:
+                    # Others wait for the same call.
+                    self._engine.never_mind(tell)
+            if not in_time:
+                return PublishReceipt(submit(), self._bridge)
 
     # -- subscribing ------------------------------------------------------------------------
 

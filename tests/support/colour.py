@@ -14,9 +14,9 @@ In ``[aio]`` the client lives on an event loop in a thread of its own, and
 
 - calls run on that loop and block the caller: those of the client, its subscriptions, receipts and iterators;
 - ``with`` and ``for`` stand for ``async with`` and ``async for``;
-- a plain function given to ``subscribe`` or ``on`` becomes a coroutine function: its messages go through tasks
-  on the loop. The function itself runs on a thread, where it may block and use the client. Coroutine functions
-  stay as they are. For a plain function handled as such, go to the client itself: ``client.unwrapped``.
+- a plain function given to ``subscribe`` or ``on`` becomes a coroutine function: its messages go through
+  tasks on the loop. The function itself runs on a thread, where it may block and use the client. Coroutine
+  functions stay as they are. For a plain function handled as such, go to the client: ``client.unwrapped``.
 
 At the end of the test all clients are shut down and the loop's thread has ended.
 """
@@ -56,7 +56,7 @@ class ClientMaker:
     def __init__(self, colour: Colour) -> None:
         self.colour = colour
         self._clients: list[Any] = []
-        self._loop: LoopThread | None = None
+        self._loop = LoopThread() if colour == "aio" else None
 
     def __call__(
         self, mqtt_url: str, client_id: str | None = None, source_name: str | None = None, **settings: Any
@@ -67,19 +67,12 @@ class ClientMaker:
         client_id = client_id or f"t{uuid.uuid4().hex[:12]}"
         settings = {"reconnect_min_delay": 0.1, "reconnect_max_delay": 0.5} | settings
         client: Any
-        if self.colour == "sync":
+        if self._loop is None:
             client = MQTTClient(mqtt_url, client_id, source_name, **settings)
         else:
-            client = BlockingClient(aio.MQTTClient(mqtt_url, client_id, source_name, **settings), self.loop)
+            client = BlockingClient(aio.MQTTClient(mqtt_url, client_id, source_name, **settings), self._loop)
         self._clients.append(client)
         return client
-
-    @property
-    def loop(self) -> LoopThread:
-        """The loop of the aio clients, started when first needed."""
-        if self._loop is None:
-            self._loop = LoopThread()
-        return self._loop
 
     def close(self) -> None:
         """Shut all clients down, and end the loop."""

@@ -62,7 +62,7 @@ def test_address_of_a_url():
 
 def test_leak_check_sees_a_thread_of_ours_until_it_ends():
     check, leave = LeakCheck(), threading.Event()
-    thread = threading.Thread(target=leave.wait, name="tars-mqtt/someone/network")
+    thread = threading.Thread(target=leave.wait, name="tars-mqtt/someone/network", daemon=True)
     thread.start()
     with pytest.raises(AssertionError, match="thread 'tars-mqtt/someone/network' is still running"):
         check.assert_clean(grace=0)
@@ -73,7 +73,7 @@ def test_leak_check_sees_a_thread_of_ours_until_it_ends():
 
 def test_leak_check_leaves_other_threads_alone():
     check, leave = LeakCheck(), threading.Event()
-    thread = threading.Thread(target=leave.wait, name="somebody else's")
+    thread = threading.Thread(target=leave.wait, name="somebody else's", daemon=True)
     thread.start()
     check.assert_clean(grace=0)
     leave.set()
@@ -113,6 +113,7 @@ def test_leak_check_leaves_other_threads_alone():
         (mqtt.connect("me"), "10 0e 0004 4d515454 04 02 003c 0002 6d65"),
         (mqtt.connect("me", level=5, clean=False), "10 0f 0004 4d515454 05 00 003c 00 0002 6d65"),
     ],
+    ids=lambda value: value.hex() if isinstance(value, bytes) else "",
 )
 def test_packets_are_the_bytes_of_the_standard(packet, data):
     assert packet.hex() == data.replace(" ", "")

@@ -1,0 +1,185 @@
+"""Getting one connection: which broker, which version of MQTT, and what its answer means."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import attrs
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.transport import (
+    Connack,
+    ConnectionLostError,
+    ConnectRequest,
+    Event,
+    Goodbye,
+    Interrupted,
+    Transport,
+    Will,
+)
+from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.errors import ConfigError, ConnectError, ConnectRefusedError
+from tars_mqtt.url import BrokerURL
+
+logger = logging.getLogger("tars_mqtt.session")
+
+MQTT_5 = 5
+MQTT_3_1_1 = 4
+
+_UNSUPPORTED_VERSION = frozenset((0x01, 0x84))
+
+_RETRIABLE = frozenset((0x03, 0x80, 0x81, 0x82, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9F))
+"""CONNACK codes that another attempt may cure; 0x03 is "server unavailable" of MQTT 3.1.1."""
+
+_PACKET_LIMIT = wire.MAX_REMAINING_LENGTH + 5
+
+
+@attrs.frozen(kw_only=True)
+class Connection:
+    """A connection as it begins."""
+
+    url: BrokerURL
+    version: int
+    connack: Connack
+    events: list[Event]
+    """What came right behind the CONNACK."""
+
+
+class VersionRefusedError(Exception):
+    """This version of the protocol did not work out; another may."""
+
+
+class Connector:
+    """Tries the brokers in turn, the last good one first. Owned by the network thread.
+
+    With ``protocol="auto"`` a broker is asked for MQTT 5 first, and for 3.1.1 when it refuses that,
+    hangs up on it or does not answer it; what it spoke is remembered.
+    """
+
+    def __init__(
+        self, config: MQTTClientConfig, transport: Transport, will: Callable[[], Will | None]
+    ) -> None:
+        self._config = config
+        self._transport = transport
+        self._will = will
+        self._urls = deque(config.urls)
+        self._spoken: dict[BrokerURL, int] = {}
+
+    @property
+    def url(self) -> BrokerURL:
+        """The broker that is asked first."""
+        return self._urls[0]
+
+    def connect(self, interrupted: Callable[[], bool]) -> Connection:
+        """Get one connection, from the first broker that gives one.
+
+        Raises:
+            ConnectError: None does. A `ConnectRefusedError` or a `ConfigError` when that is the answer of all.
+            Interrupted: The client is leaving.
+        """
+        failures: list[ConnectError | ConfigError] = []
+        for _ in range(len(self._urls)):
+            try:
+                return self._try(self.url, interrupted)
+            except (ConnectError, ConfigError) as error:
+                failures.append(error)
+                self._transport.drop()
+                self._urls.rotate(-1)
+        if len(failures) == 1 or all(isinstance(failure, ConnectRefusedError) for failure in failures):
+            raise failures[0]
+        raise ConnectError("; ".join(map(str, failures)))
+
+    def _try(self, url: BrokerURL, interrupted: Callable[[], bool]) -> Connection:
+        deadline = time.monotonic() + self._config.connect_timeout
+        versions = self._versions(url)
+        for number, version in enumerate(versions, start=1):
+            last = number == len(versions)
+            try:
+                connection = self._handshake(url, version, deadline, last, interrupted)
+            except VersionRefusedError as error:
+                self._transport.drop()
+                self._spoken.pop(url, None)
+                if last:
+                    raise ConnectError(f"no connection to {url}: {error}") from None
+                logger.info(
+                    "%s with MQTT 5; trying MQTT 3.1.1", error, extra={"client_id": self._config.client_id}
+                )
+            except ConnectionLostError as error:
+                raise ConnectError(f"no connection to {url}: {error}") from None
+            else:
+                self._spoken[url] = version
+                return connection
+        raise AssertionError("unreachable")
+
+    def _versions(self, url: BrokerURL) -> tuple[int, ...]:
+        if self._config.protocol != "auto":
+            return (MQTT_3_1_1 if self._config.protocol == "3.1.1" else MQTT_5,)
+        if url in self._spoken:
+            return (self._spoken[url],)
+        return MQTT_5, MQTT_3_1_1
+
+    def _handshake(
+        self, url: BrokerURL, version: int, deadline: float, last: bool, interrupted: Callable[[], bool]
+    ) -> Connection:
+        config = self._config
+        username, password = config.credentials(url)
+        request = ConnectRequest(
+            url=url,
+            version=version,
+            client_id=config.client_id,
+            username=username,
+            password=password,
+            keepalive=config.keepalive,
+            session_expiry=int(config.session_expiry),
+            receive_maximum=min(config.max_pending, 65_535),
+            packet_limit=_PACKET_LIMIT,
+            will=self._will(),
+            deadline=deadline,
+        )
+        self._transport.open(request, interrupted)
+        now = time.monotonic()
+        # A broker that does not answer MQTT 5 must leave time for the other version.
+        answer_by = deadline if last else now + (deadline - now) / 2
+        try:
+            connack, events = self._await_connack(answer_by, interrupted)
+        except (ConnectionLostError, wire.MalformedPacketError) as error:
+            if config.protocol == "auto" and url not in self._spoken:
+                raise VersionRefusedError(str(error)) from None
+            raise ConnectionLostError(str(error)) from None
+        _check(connack, url)
+        return Connection(url=url, version=version, connack=connack, events=events)
+
+    def _await_connack(
+        self, deadline: float, interrupted: Callable[[], bool]
+    ) -> tuple[Connack, list[Event]]:
+        while True:
+            self._transport.acknowledge_wake()
+            if interrupted():
+                raise Interrupted
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise ConnectionLostError("the broker did not answer CONNECT in time")
+            match self._transport.poll(remaining, more=False):
+                case [Connack() as connack, *rest]:
+                    return connack, rest
+                case [Goodbye(_, reason), *_]:
+                    raise ConnectionLostError(f"the broker ended the connection: {reason}")
+                case [_, *_]:
+                    raise ConnectionLostError("the broker did not begin with CONNACK [MQTT-3.2.0-1]")
+
+
+def _check(connack: Connack, url: BrokerURL) -> None:
+    if connack.code in _UNSUPPORTED_VERSION:
+        raise VersionRefusedError(f"the broker at {url} does not speak this version of MQTT")
+    if connack.code:
+        retriable = connack.code in _RETRIABLE
+        raise ConnectRefusedError(
+            f"the broker at {url} refused the connection: {connack.reason}"
+            + ("" if retriable else "; check client_id, username, password and the broker's rules"),
+            reason=connack.reason,
+            code=connack.code,
+            retriable=retriable,
+        )

@@ -1,0 +1,56 @@
+"""Whether the peer is still there."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.define
+class Liveness:
+    """When a connection last showed life. Owned by the network thread.
+
+    The peer is asked for a sign of life after half of the shorter of *keepalive* and *patience*
+    without traffic in either direction, and given up after *patience* seconds without a byte.
+    """
+
+    keepalive: float
+    patience: float
+    received: float
+    sent: float
+    bytes_in: int = 0
+    bytes_out: int = 0
+    asked: float | None = None
+    suspected: bool = False
+    """Overdue at the last look: one more look at the socket comes before the verdict."""
+
+    def note(self, now: float, bytes_in: int, bytes_out: int) -> None:
+        """Take note of how many bytes came and went so far."""
+        if bytes_in != self.bytes_in:
+            self.bytes_in = bytes_in
+            self.received = now
+            self.suspected = False
+        if bytes_out != self.bytes_out:
+            self.bytes_out = bytes_out
+            self.sent = now
+
+    def excuse(self, now: float) -> None:
+        """We do not listen ourselves: silence says nothing."""
+        self.received = now
+        self.suspected = False
+
+    def ping_due(self, now: float) -> bool:
+        """Whether to ask for a sign of life now."""
+        return self.asked is None and now >= self._ping_at()
+
+    def overdue(self, now: float) -> float | None:
+        """For how many seconds the peer has been silent, if that is too long."""
+        silence = now - self.received
+        return silence if silence >= self.patience else None
+
+    def deadline(self) -> float:
+        """When the next of the two decisions is due."""
+        given_up_at = self.received + self.patience
+        return given_up_at if self.asked is not None else min(self._ping_at(), given_up_at)
+
+    def _ping_at(self) -> float:
+        return min(self.received, self.sent) + min(self.keepalive, self.patience) / 2

@@ -1,0 +1,158 @@
+"""Asking the broker for the registered filters: SUBSCRIBE, UNSUBSCRIBE and their answers."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.registry import FilterEntry, Registration, Registry
+from tars_mqtt._core.transport import Connack, ConnectionLostError, Suback, Transport, Unsuback
+from tars_mqtt.errors import SubscribeError
+
+logger = logging.getLogger("tars_mqtt.session")
+
+
+class Subscriber:
+    """Keeps the broker's idea of our subscriptions in step with the registry.
+
+    Owned by the network thread. A waiter is told the broker's answer, or at once that there is
+    nobody to ask: what is registered is asked for on the next connection.
+    """
+
+    def __init__(self, registry: Registry, transport: Transport, client_id: str) -> None:
+        self._registry = registry
+        self._transport = transport
+        self._client_id = client_id
+        self._session = 0
+        self._connected = False
+        self._identifiers = False
+        self._restoring: set[FilterEntry] = set()
+        self._asked: dict[int, FilterEntry] = {}
+        self._waiters: dict[FilterEntry, list[Future[None]]] = {}
+        self._leaving: dict[int, Future[None]] = {}
+        self._stale: set[str] = set()
+        self._refused: list[tuple[str, str]] = []
+
+    @property
+    def restored(self) -> bool:
+        """Whether the broker has answered for everything that was registered when the connection began."""
+        return not self._restoring
+
+    def take_refusals(self) -> SubscribeError | None:
+        """What the broker refused on this connection before it was `restored`."""
+        refused, self._refused = self._refused, []
+        return _subscribe_error(refused) if refused else None
+
+    def connected(self, connack: Connack, resumed: bool) -> None:
+        """Ask for what this session of the broker does not have yet."""
+        self._connected = True
+        self._identifiers = connack.subscription_identifiers
+        self._refused.clear()
+        if not resumed:
+            self._session += 1
+        stale, self._stale = self._stale, set()
+        if connack.session_present:
+            for topic_filter in stale:
+                if self._registry.router.get(topic_filter) is None:
+                    self._transport.unsubscribe(topic_filter)
+        for entry in self._registry.entries():
+            if entry.session != self._session:
+                self._restoring.add(entry)
+                self._ask(entry, entry.registrations)
+
+    def disconnected(self) -> None:
+        """Nobody is there to answer."""
+        self._connected = False
+        self._restoring.clear()
+        self._asked.clear()
+        for entry in tuple(self._waiters):
+            self._tell(entry, None)
+        leaving, self._leaving = self._leaving, {}
+        for waiter in leaving.values():
+            _settle(waiter, None)
+
+    def subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
+        """Ask for a filter now, or on the next connection.
+
+        A filter that the broker has already is asked for again when another registration joins
+        it: the answer brings the retained messages, which go to the newcomer alone.
+        """
+        asked = registration in entry.replay
+        if not self._connected or (asked and entry.session == self._session):
+            _settle(waiter, None)
+            return
+        self._waiters.setdefault(entry, []).append(waiter)
+        if not asked:
+            try:
+                self._ask(entry, (registration,))
+            except ConnectionLostError:
+                self._tell(entry, None)
+
+    def unsubscribe(self, entry: FilterEntry, waiter: Future[None]) -> None:
+        """Tell the broker that nobody needs a filter any more."""
+        self._restoring.discard(entry)
+        self._tell(entry, None)
+        if self._registry.router.get(entry.topic_filter) is not None:
+            _settle(waiter, None)  # somebody needs it again
+        elif not self._connected:
+            self._stale.add(entry.topic_filter)
+            _settle(waiter, None)
+        else:
+            try:
+                self._leaving[self._transport.unsubscribe(entry.topic_filter)] = waiter
+            except ConnectionLostError:
+                self._stale.add(entry.topic_filter)
+                _settle(waiter, None)
+
+    def on_suback(self, answer: Suback) -> None:
+        """Take the broker's answer; one to a direct use of paho's client is none of ours."""
+        entry = self._asked.pop(answer.packet_id, None)
+        if entry is None:
+            return
+        code = answer.codes[0] if answer.codes else 0x80
+        if code < 0x80:
+            entry.session = self._session
+            self._tell(entry, None)
+        else:
+            reason = wire.reason_name(wire.SUBACK, code)
+            logger.error(
+                "the broker refused the subscription %r: %s",
+                entry.topic_filter,
+                reason,
+                extra={"client_id": self._client_id, "topic": entry.topic_filter},
+            )
+            self._tell(entry, _subscribe_error([(entry.topic_filter, reason)]))
+            if entry in self._restoring:
+                self._refused.append((entry.topic_filter, reason))
+        self._restoring.discard(entry)
+
+    def on_unsuback(self, answer: Unsuback) -> None:
+        """Take the broker's answer."""
+        waiter = self._leaving.pop(answer.packet_id, None)
+        if waiter is not None:
+            _settle(waiter, None)
+
+    def _ask(self, entry: FilterEntry, newcomers: tuple[Registration, ...]) -> None:
+        entry.session = 0
+        entry.replay = newcomers
+        packet_id = self._transport.subscribe(
+            entry.topic_filter, entry.qos, entry.identifier if self._identifiers else None
+        )
+        self._asked[packet_id] = entry
+
+    def _tell(self, entry: FilterEntry, error: SubscribeError | None) -> None:
+        for waiter in self._waiters.pop(entry, ()):
+            _settle(waiter, error)
+
+
+def _settle(waiter: Future[None], error: Exception | None) -> None:
+    if error is None:
+        waiter.set_result(None)
+    else:
+        waiter.set_exception(error)
+
+
+def _subscribe_error(refused: list[tuple[str, str]]) -> SubscribeError:
+    listed = "; ".join(f"{topic_filter!r}: {reason}" for topic_filter, reason in refused)
+    return SubscribeError(f"the broker refused {listed}; check the rules of the broker", refused)

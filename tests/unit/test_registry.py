@@ -1,0 +1,137 @@
+"""Which subscriptions there are, and which filters the broker is asked for on their behalf."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+
+from tars_mqtt._core.dispatch import Consumer
+from tars_mqtt._core.lane import Fifo
+from tars_mqtt._core.registry import _LAST_IDENTIFIER, Registration, Registry
+
+
+def registration(registry: Registry, topic: str = "a/+", qos: int = 0) -> Registration:
+    return Registration(registry.next_number(), topic, qos, Consumer(Fifo(), 1, None))
+
+
+def added(registry: Registry, topic: str = "a/+", qos: int = 0) -> Registration:
+    entry = registration(registry, topic, qos)
+    registry.add(entry)
+    return entry
+
+
+def test_numbers_are_never_used_twice() -> None:
+    registry = Registry()
+    assert [registry.next_number() for _ in range(3)] == [1, 2, 3]
+    first = added(registry)
+    registry.remove(first)
+    assert registry.next_number() == 5
+
+
+def test_registrations_of_the_same_filter_share_an_entry() -> None:
+    registry = Registry()
+    first, second = added(registry), added(registry)
+    (entry,) = registry.entries()
+    assert entry.topic_filter == "a/+"
+    assert entry.registrations == (first, second)
+
+
+def test_the_broker_is_asked_for_the_highest_qos() -> None:
+    registry = Registry()
+    for qos, expected in ((1, 1), (0, 1), (2, 2)):
+        entry = registry.add(registration(registry, qos=qos))
+        assert entry.qos == expected
+
+
+def test_each_filter_is_an_entry_in_order_of_registration() -> None:
+    registry = Registry()
+    for topic in ("b", "a", "$share/g/a", "b", "#"):
+        added(registry, topic)
+    assert [entry.topic_filter for entry in registry.entries()] == ["b", "a", "$share/g/a", "#"]
+
+
+def test_a_filter_is_given_up_with_its_last_registration() -> None:
+    registry = Registry()
+    first, second = added(registry), added(registry)
+    assert registry.remove(first) is None
+    assert [entry.registrations for entry in registry.entries()] == [(second,)]
+    entry = registry.remove(second)
+    assert entry is not None
+    assert entry.topic_filter == "a/+"
+    assert registry.entries() == []
+    assert registry.router.match("a/b") == ()
+
+
+def test_removing_twice_or_what_was_never_added_does_nothing() -> None:
+    registry = Registry()
+    first, second = added(registry), added(registry)
+    registry.remove(first)
+    assert registry.remove(first) is None
+    assert registry.remove(registration(registry, "b")) is None
+    (entry,) = registry.entries()
+    assert entry.registrations == (second,)
+
+
+def test_every_change_makes_a_new_router() -> None:
+    """Whoever keeps what he found in the old one notices."""
+    registry = Registry()
+    routers = [registry.router]
+    first = added(registry)
+    routers.append(registry.router)
+    second = added(registry)
+    routers.append(registry.router)
+    registry.remove(second)
+    routers.append(registry.router)
+    registry.remove(first)
+    routers.append(registry.router)
+    assert len({id(router) for router in routers}) == 5
+
+
+# -- subscription identifiers -------------------------------------------------------------
+
+
+def test_a_filter_has_the_same_identifier_in_every_process() -> None:
+    """The broker's session outlives a process, and its messages bear the identifier of the last one."""
+    identifiers = set()
+    for others in ((), ("b", "c"), ("$share/g/a/+",)):
+        registry = Registry()
+        for other in others:
+            added(registry, other)
+        identifiers.add(registry.add(registration(registry)).identifier)
+    assert len(identifiers) == 1
+    registry = Registry()
+    first = added(registry)
+    before = registry.entries()[0].identifier
+    registry.remove(first)
+    assert registry.add(registration(registry)).identifier == before
+
+
+def test_identifiers_differ_and_stay_in_their_range(monkeypatch) -> None:
+    """Also where the hashes of two filters are the same, and at the end of the range."""
+    monkeypatch.setattr(zlib, "crc32", lambda _: _LAST_IDENTIFIER - 1)
+    registry = Registry()
+    identifiers = [registry.add(registration(registry, topic)).identifier for topic in "abc"]
+    assert identifiers == [_LAST_IDENTIFIER, 1, 2]
+
+
+def test_many_threads_may_register_and_remove_at_once() -> None:
+    registry = Registry()
+    barrier = threading.Barrier(4)
+
+    def come_and_go(thread: int) -> None:
+        for number in range(100):
+            barrier.wait(10)
+            first = added(registry, f"t/{number % 2}")
+            added(registry, f"stays/{thread}/{number}")
+            registry.remove(first)
+
+    threads = [threading.Thread(target=come_and_go, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    entries = registry.entries()
+    assert sorted(entry.topic_filter for entry in entries) == sorted(
+        f"stays/{thread}/{number}" for thread in range(4) for number in range(100)
+    )
+    assert len({entry.identifier for entry in entries}) == 400

@@ -1,0 +1,234 @@
+"""The byte stream: packets come out whole and in order, however the bytes came in."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import ssl
+from collections.abc import Iterator
+
+import pytest
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.stream import ConnectionLostError, Stream
+
+LIMIT = 1 << 20
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Stream, socket.socket]]:
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    peer.setblocking(False)
+    stream = Stream(ours, LIMIT, v5=True)
+    with contextlib.closing(stream), peer:
+        yield stream, peer
+
+
+class FakeSocket:
+    """Gives what it is told to, and takes as many bytes at a time as it is told to."""
+
+    def __init__(self, incoming: list[bytes | Exception] = (), takes: list[int | Exception] = ()) -> None:
+        self.incoming = list(incoming)
+        self.takes = list(takes)
+        self.sent = b""
+        self.calls = 0
+        self.hidden = 0
+
+    def recv(self, size: int) -> bytes:
+        step = self.incoming.pop(0) if self.incoming else BlockingIOError()
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    def send(self, data: memoryview) -> int:
+        self.calls += 1
+        step = self.takes.pop(0) if self.takes else len(data)
+        if isinstance(step, Exception):
+            raise step
+        self.sent += bytes(data[:step])
+        return min(step, len(data))
+
+    def pending(self) -> int:
+        return self.hidden
+
+
+def stream_over(*incoming: bytes | Exception, limit: int = LIMIT) -> Stream:
+    return Stream(FakeSocket(list(incoming)), limit, v5=True)  # type: ignore[arg-type]
+
+
+def publish(payload: bytes) -> bytes:
+    return wire.encode_publish(b"t", payload, 0, False, False, 0, True)
+
+
+def bodies(packets: list[tuple[int, bytes]]) -> list[bytes]:
+    return [body for _, body in packets]
+
+
+# -- in -----------------------------------------------------------------------------------
+
+
+def test_packets_that_come_together_are_told_apart(pair) -> None:
+    stream, peer = pair
+    peer.send(publish(b"one") + wire.PINGREQ_PACKET + publish(b"two"))
+    assert [first for first, _ in stream.receive()] == [wire.PUBLISH, wire.PINGREQ, wire.PUBLISH]
+    assert stream.receive() == []
+
+
+def test_a_packet_that_comes_byte_by_byte_comes_out_once_and_whole() -> None:
+    packets = [publish(b"x" * size) for size in (0, 1, 124, 125, 200, 16_500)]
+    for packet in packets:
+        stream = stream_over(*(packet[i : i + 1] for i in range(len(packet))))
+        received = [found for _ in range(len(packet)) for found in stream.receive()]
+        assert [bytes((first,)) for first, _ in received] == [packet[:1]]
+        assert packet.endswith(bodies(received)[0])
+
+
+def test_however_the_bytes_are_cut_the_packets_are_the_same() -> None:
+    draw = random.Random(5)
+    packets = [publish(draw.randbytes(draw.choice([0, 3, 130, 5000]))) for _ in range(60)]
+    data = b"".join(packets)
+    whole = stream_over(data).receive()
+    assert len(whole) == 60
+    for _ in range(50):
+        cuts = sorted(draw.randrange(len(data)) for _ in range(draw.randrange(1, 30)))
+        pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True) if a < b]
+        stream = stream_over(*pieces)
+        assert [found for _ in pieces for found in stream.receive()] == whole
+
+
+def test_a_large_packet_is_joined_once() -> None:
+    """Joined at every read, ten megabytes would be copied a hundred times over."""
+    packet = publish(b"x" * 900_000)
+    pieces = [packet[i : i + 1000] for i in range(0, len(packet), 1000)]
+    stream = stream_over(*pieces)
+    for _ in pieces[:-1]:
+        assert stream.receive() == []
+    assert len(stream._pieces) >= len(pieces) - 2
+    assert len(stream.receive()) == 1
+    assert stream._pieces == []
+
+
+def test_bytes_are_counted_as_they_come(pair) -> None:
+    stream, peer = pair
+    peer.send(b"\x30\x7f1234")
+    assert stream.receive() == []
+    assert stream.bytes_in == 6
+
+
+def test_nothing_to_read_is_nothing_wrong(pair) -> None:
+    stream, _ = pair
+    assert stream.receive() == []
+    for error in (ssl.SSLWantReadError(), ssl.SSLWantWriteError(), InterruptedError()):
+        assert stream_over(error).receive() == []
+
+
+def test_the_end_of_the_stream_is_a_lost_connection(pair) -> None:
+    stream, peer = pair
+    peer.close()
+    with pytest.raises(ConnectionLostError, match="the broker closed the connection"):
+        stream.receive()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), OSError(113, "No route")])
+def test_a_failing_socket_is_a_lost_connection(error: OSError) -> None:
+    with pytest.raises(ConnectionLostError, match="reading failed: "):
+        stream_over(error).receive()
+
+
+def test_what_came_before_the_end_is_not_lost(pair) -> None:
+    stream, peer = pair
+    peer.send(publish(b"last"))
+    peer.close()
+    assert len(stream.receive()) == 1
+    with pytest.raises(ConnectionLostError):
+        stream.receive()
+
+
+def test_a_packet_above_the_limit_is_refused_before_it_is_read() -> None:
+    with pytest.raises(wire.MalformedPacketError, match="above the limit"):
+        stream_over(b"\x30\xff\xff\xff\x7f", limit=1000).receive()
+
+
+def test_good_packets_before_a_bad_one_come_out_first() -> None:
+    stream = stream_over(publish(b"good") + b"\x00\x00")
+    assert len(stream.receive()) == 1
+    with pytest.raises(wire.MalformedPacketError):
+        stream.receive()
+
+
+def test_bytes_inside_the_tls_layer_are_seen() -> None:
+    stream = stream_over()
+    assert not stream.has_more()
+    stream._socket.hidden = 5  # type: ignore[attr-defined]
+    assert stream.has_more()
+
+
+def test_a_plain_socket_hides_nothing(pair) -> None:
+    assert not pair[0].has_more()
+
+
+# -- out ----------------------------------------------------------------------------------
+
+
+def test_packets_leave_in_order_in_one_call() -> None:
+    sock = FakeSocket()
+    stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    packets = [publish(str(number).encode()) for number in range(50)]
+    for packet in packets:
+        stream.write(packet)
+    assert stream.outgoing_bytes == sum(map(len, packets))
+    assert stream.flush()
+    assert sock.sent == b"".join(packets)
+    assert sock.calls == 1
+    assert stream.outgoing_bytes == 0
+    assert stream.bytes_out == len(sock.sent)
+
+
+def test_a_socket_that_takes_little_gets_every_byte_once() -> None:
+    sock = FakeSocket(takes=[1, 3, BlockingIOError(), 7, ssl.SSLWantWriteError(), 100])
+    stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    packets = [publish(bytes([65 + number]) * 60) for number in range(4)]
+    stream.write(packets[0])
+    stream.write(packets[1])
+    assert not stream.flush(), "the socket is full"
+    assert stream.outgoing_bytes == len(packets[0] + packets[1]) - 4
+    stream.write(packets[2])
+    assert not stream.flush()
+    stream.write(packets[3])
+    assert stream.flush()
+    assert sock.sent == b"".join(packets)
+
+
+def test_very_much_is_sent_in_pieces_and_nothing_is_torn() -> None:
+    sock = FakeSocket()
+    stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    packets = [publish(bytes([number]) * size) for number, size in enumerate([200_000, 100_000, 300_000, 10, 20])]
+    for packet in packets:
+        stream.write(packet)
+    assert stream.flush()
+    assert sock.sent == b"".join(packets)
+    assert 1 < sock.calls < 5
+
+
+def test_flushing_nothing_costs_no_call() -> None:
+    sock = FakeSocket()
+    assert Stream(sock, LIMIT, v5=True).flush()  # type: ignore[arg-type]
+    assert sock.calls == 0
+
+
+def test_writing_to_a_broken_socket_is_a_lost_connection() -> None:
+    sock = FakeSocket(takes=[BrokenPipeError(32, "Broken pipe")])
+    stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    stream.write(b"\xc0\x00")
+    with pytest.raises(ConnectionLostError, match="writing failed: "):
+        stream.flush()
+
+
+def test_a_stream_may_be_closed_twice(pair) -> None:
+    stream, _ = pair
+    assert stream.fileno() > 0
+    stream.close()
+    stream.close()
+    assert stream.fileno() == -1
