@@ -219,6 +219,23 @@ class MQTTClientConfig:
     max_queued: int = _setting(10_000, "MAX_QUEUED", _whole(1), "Outgoing messages held")
     max_queued_bytes: int = _setting(2**26, "MAX_QUEUED_BYTES", _whole(1), "Bytes of outgoing messages held")
     max_pending: int = _setting(10_000, "MAX_PENDING", _whole(1), "Incoming messages waiting for handlers")
+    outbox: _Path | None = attrs.field(
+        default=None,
+        kw_only=True,
+        metadata=_about("OUTBOX", _path, "A file that keeps QoS 1/2 messages until the broker has them"),
+    )
+    outbox_max_messages: int = _setting(
+        1_000_000, "OUTBOX_MAX_MESSAGES", _whole(1), "Messages kept in the outbox, instead of max_queued"
+    )
+    outbox_max_bytes: int = _setting(
+        2**30, "OUTBOX_MAX_BYTES", _whole(1), "Their bytes, instead of max_queued_bytes"
+    )
+    outbox_max_age: float = _setting(
+        0.0, "OUTBOX_MAX_AGE", _seconds(0.0, math.inf), "After which a message is given up; 0 is never"
+    )
+    dedupe_durable: bool = _flag(
+        "DEDUPE_DURABLE", "Remember envelope ids in the outbox file, across restarts"
+    )
     correlation: Literal["field", "id"] = _setting(
         "field", "CORRELATION", _one_of("field", "id"), "Where correlation ids go; id is the old form"
     )
@@ -324,6 +341,8 @@ def _conflicts(config: MQTTClientConfig, found: Mapping[str, str]) -> Iterator[t
         yield "reconnect_max_delay", f"must not be below reconnect_min_delay (got {high} and {low})"
     if config.password is not None and config.password_file is not None:
         yield "password_file", "and password are both set: keep one of them"
+    if config.dedupe_durable is True and (config.outbox is None or not config.dedupe_ttl):
+        yield "dedupe_durable", "needs outbox and dedupe_ttl: set both, or leave it off"
     if (config.tls_cert is None) != (config.tls_key is None):
         missing = "tls_cert" if config.tls_cert is None else "tls_key"
         yield missing, "is missing: tls_cert and tls_key go together"

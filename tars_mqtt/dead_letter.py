@@ -58,6 +58,8 @@ class DeadLetters:
         self._template = template
         self._filter = topic_filter
         self._outlet = outlet
+        # Nobody else may hold them, and they must live to be told.
+        self._under_way: set[PublishReceipt] = set()
 
     def bury(self, delivery: Delivery, over: Callable[[], None]) -> None:
         """Publish the dead letter with QoS 1; *over* is called when the broker has it.
@@ -79,9 +81,11 @@ class DeadLetters:
         except TopicError as error:
             self._give_up(message, error, over)
         else:
+            self._under_way.add(receipt)
             receipt._add_done_callback(lambda receipt: self._settled(receipt, message, over))
 
     def _settled(self, receipt: PublishReceipt, message: Message, over: Callable[[], None]) -> None:
+        self._under_way.discard(receipt)
         error = receipt.exception(0)
         if error is None:
             self._outlet.count_dead_letter(dropped=False)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
-__all__ = ["MessageDeduplicator"]
+from tars_mqtt.errors import OutboxError
+from tars_mqtt.outbox import Outbox
+
+__all__ = ["DurableDeduplicator", "MessageDeduplicator"]
+
+logger = logging.getLogger("tars_mqtt.dispatch")
 
 
 class MessageDeduplicator:
@@ -71,3 +77,33 @@ class MessageDeduplicator:
 
     def __len__(self) -> int:
         return len(self._claimed) + len(self._kept)
+
+
+class DurableDeduplicator(MessageDeduplicator):
+    """A deduplicator that remembers across restarts what it kept, once it has a file to do so."""
+
+    _outbox: Outbox | None = None
+
+    def attach(self, outbox: Outbox) -> None:
+        """Recall what *outbox* remembers, and keep there from now on."""
+        now = self._clock()
+        with self._lock:
+            for key, left in outbox.remembered(self._max_entries):
+                self._kept[key] = now + left
+            self._outbox = outbox
+
+    def claim(self, key: Hashable) -> bool:
+        return super().claim(repr(key))
+
+    def keep(self, key: Hashable) -> None:
+        """The key is handled: remember it, on disk when this returns, so before the acknowledgement."""
+        text = repr(key)
+        super().keep(text)
+        if self._outbox is not None:
+            try:
+                self._outbox.remember(text, self._ttl)
+            except OutboxError as error:
+                logger.error("a redelivery after a restart will be handled again: %s", error)
+
+    def release(self, key: Hashable) -> None:
+        super().release(repr(key))

@@ -110,6 +110,10 @@ class QueueFullError(PublishError):
         self.retriable = retriable
 
 
+class OutboxError(PublishError):
+    """The durable outbox cannot be opened or written; nothing was taken."""
+
+
 class AckTimeoutError(PublishError, TimeoutError):
     """The broker's acknowledgement did not come in time; the message is still on its way.
 

@@ -96,7 +96,7 @@ class PublishReceipt:
         qos: 0, 1 or 2.
     """
 
-    __slots__ = ("_callbacks", "_error", "_state", "envelope_id", "qos", "topic")
+    __slots__ = ("__weakref__", "_callbacks", "_error", "_state", "envelope_id", "qos", "topic")
 
     # One lock for all receipts: it is held for a few steps, and a lock each would be most of their size.
     _lock = threading.Lock()

@@ -22,12 +22,13 @@ from tars_mqtt._core.outbound import Outbound, Outgoing
 from tars_mqtt._core.recovery import Recovery
 from tars_mqtt._core.registry import Registration, Registry
 from tars_mqtt._core.session import Session
+from tars_mqtt._core.spool import Spool
 from tars_mqtt._core.state import ConnectionState, StateCell
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import seconds
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
-from tars_mqtt.dedup import MessageDeduplicator
+from tars_mqtt.dedup import DurableDeduplicator, MessageDeduplicator
 from tars_mqtt.envelope import encode_event
 from tars_mqtt.errors import (
     ClosedError,
@@ -38,6 +39,7 @@ from tars_mqtt.errors import (
 )
 from tars_mqtt.health import Health
 from tars_mqtt.message import Message, PublishReceipt
+from tars_mqtt.outbox import Outbox
 from tars_mqtt.topics import check_filter, topic_bytes
 
 logger = logging.getLogger("tars_mqtt.session")
@@ -67,9 +69,7 @@ class Engine:
         self.state = StateCell()
         self.counters = Counters()
         self._registry = Registry()
-        self.deduplicator = (
-            MessageDeduplicator(config.dedupe_ttl, config.dedupe_max_entries) if config.dedupe_ttl > 0 else None
-        )
+        self.deduplicator = _deduplicator(config)
         self.dispatcher = make_dispatcher(config, self.counters, self._wake, self._on_stuck_handler)
         self._outbound = Outbound(
             config.max_inflight, config.max_queued, config.max_queued_bytes, self.counters, self._wake
@@ -111,6 +111,7 @@ class Engine:
         self.check()
         with self._lock:
             if not self._session.running:
+                self._open_outbox()
                 self.state.set(ConnectionState.CONNECTING)
                 self.dispatcher.start()
                 self._outbound.open()
@@ -133,6 +134,16 @@ class Engine:
         except TarsMQTTError:
             self.stop_network(0.0)
             raise
+
+    def _open_outbox(self) -> None:
+        config = self.config
+        if config.outbox is None or self._outbound.durable:
+            return
+        outbox = Outbox(config.outbox)
+        spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age)
+        self._outbound.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
+        if isinstance(self.deduplicator, DurableDeduplicator):
+            self.deduplicator.attach(outbox)
 
     def stop_network(self, timeout: float) -> bool:
         """End the network thread; what is queued stays queued. False when it does not end in time."""
@@ -290,12 +301,16 @@ class Engine:
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
         checked_options = checked(options, self.config.workers)
         recovery = self._recovery(topic, checked_options)
-        number = self._registry.next_number()
         config = self.config
         handle = None
         if call is not None:
             handle = call(
-                handler, number, self.counters, self.deduplicator, config.correlation, config.client_id
+                handler,
+                self._registry.next_identity(topic),
+                self.counters,
+                self.deduplicator,
+                config.correlation,
+                config.client_id,
             )
         order_by = checked_options["order_by"]
         consumer = Consumer(
@@ -305,7 +320,7 @@ class Engine:
             recovery=recovery,
         )
         key_of = order_by if callable(order_by) else _topic_of if order_by else None
-        registration = Registration(number, topic, qos, consumer, key_of)
+        registration = Registration(topic, qos, consumer, key_of)
         self.dispatcher.add(consumer)
         self._registry.add(registration)
         return registration
@@ -381,6 +396,13 @@ class Engine:
         # No lock may be touched: another thread of the parent may have held it.
         self._forked = True
         self._session.transport.release_descriptors()
+
+
+def _deduplicator(config: MQTTClientConfig) -> MessageDeduplicator | None:
+    if not config.dedupe_ttl:
+        return None
+    kind = DurableDeduplicator if config.dedupe_durable else MessageDeduplicator
+    return kind(config.dedupe_ttl, config.dedupe_max_entries)
 
 
 def _topic_of(message: Message) -> str:

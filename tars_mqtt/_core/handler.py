@@ -87,7 +87,7 @@ class HandlerCall:
     def __init__(
         self,
         handler: Handler,
-        number: int,
+        identity: str,
         counters: Counters,
         deduplicator: MessageDeduplicator | None,
         correlation: typing.Literal["field", "id"],
@@ -95,7 +95,7 @@ class HandlerCall:
     ) -> None:
         self.handler = handler
         self._convert = argument_of(handler)
-        self._number = number
+        self._identity = identity
         self._counters = counters
         self._deduplicator = deduplicator
         self._correlation = correlation
@@ -129,7 +129,7 @@ class HandlerCall:
     def _claimed(self, delivery: Delivery, deduplicator: MessageDeduplicator) -> bool:
         message = delivery.message
         try:
-            claim = self._number, message.envelope.dedup_key(self._correlation)
+            claim = self._identity, message.envelope.dedup_key(self._correlation)
         except DecodeError:
             return True  # without an envelope there is no id to know it by
         if deduplicator.claim(claim):

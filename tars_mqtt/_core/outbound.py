@@ -8,14 +8,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID, Connack
-from tars_mqtt.errors import ClosedError, NotConnectedError, PublishRejectedError, QueueFullError
+from tars_mqtt.errors import (
+    ClosedError,
+    NotConnectedError,
+    OutboxError,
+    PublishRejectedError,
+    QueueFullError,
+)
 from tars_mqtt.message import PublishReceipt
+
+if TYPE_CHECKING:
+    from tars_mqtt._core.spool import Spool
 
 logger = logging.getLogger("tars_mqtt.publish")
 
@@ -41,6 +51,10 @@ class Outgoing:
     sent: bool = False
     received: bool = False
     """PUBREC came: the broker has it, only the release is still to be said (QoS 2)."""
+    number: int = 0
+    """Its number in the durable outbox; 0 where it is in memory only."""
+    stored_at: float = 0.0
+    """Unix time."""
     strikes: int = 0
     """How often the broker closed the connection over it, as far as can be told."""
 
@@ -69,6 +83,8 @@ class Outbound:
         self._max_queued_bytes = max_queued_bytes
         self._counters = counters
         self._wake = wake
+        self._spool: Spool | None = None
+        self._spool_most = self._spool_most_bytes = 0
         # Owned by the network thread:
         self._inflight: dict[int, Outgoing] = {}
         self._packet_id = _FIRST_PACKET_ID - 1
@@ -87,6 +103,7 @@ class Outbound:
         self._callbacks: deque[Callable[[], None]] = deque()
         self._firm: deque[Outgoing] = deque()
         self._lossy: deque[Outgoing] = deque()
+        self._lossy_bytes = 0
         self._held = 0
         self._held_bytes = 0
         self._online = False
@@ -98,6 +115,11 @@ class Outbound:
     def depths(self) -> tuple[int, int, int]:
         """Messages held, their bytes, and how many of them are unacknowledged on the wire."""
         return self._held, self._held_bytes, len(self._inflight)
+
+    @property
+    def durable(self) -> bool:
+        """Whether there is an outbox."""
+        return self._spool is not None
 
     @property
     def online(self) -> bool:
@@ -126,31 +148,57 @@ class Outbound:
         """
         size = len(message.topic) + len(message.payload)
         with self._room:
-            if self._held >= self._max_queued or self._held_bytes + size > self._max_queued_bytes:
+            spool = self._spool if message.qos else None
+            if not self._fits(message.qos, size):
                 self._await_room(message, size, timeout)
             if self._refusal is not None:
                 raise _fresh(self._refusal)
-            if message.qos:
-                self._firm.append(message)
-            else:
+            if not message.qos:
                 if not self._online:
                     raise _offline()
                 self._lossy.append(message)
+                self._lossy_bytes += size
+            elif spool is None:
+                self._firm.append(message)
             self._held += 1
             self._held_bytes += size
+        if spool is not None:
+            try:
+                spool.store(message, self._stored)
+            except OutboxError:
+                self._freed(1, size)
+                raise
         self._wake()
+
+    def _stored(self, message: Outgoing) -> None:
+        """A message is on disk: queue it, unless others that are only there come first."""
+        with self._room:
+            if self._spool is not None and self._spool.stays_in_memory(message, len(self._firm)):
+                self._firm.append(message)
+
+    def _fits(self, qos: int, size: int) -> bool:
+        """Whether there is room for a message. Holds the lock."""
+        if self._spool is None:
+            return self._held < self._max_queued and self._held_bytes + size <= self._max_queued_bytes
+        if qos:
+            return self._held < self._spool_most and self._held_bytes + size <= self._spool_most_bytes
+        # The backlog on disk is no reason to refuse what takes up memory for a moment.
+        return len(self._lossy) < self._max_queued and self._lossy_bytes + size <= self._max_queued_bytes
 
     def _await_room(self, message: Outgoing, size: int, timeout: float | None) -> None:
         """Holds the lock, and gives it away while it waits."""
 
         def room_or_refused() -> bool:
-            fits = self._held < self._max_queued and self._held_bytes + size <= self._max_queued_bytes
-            return fits or self._refusal is not None or (not message.qos and not self._online)
+            return (
+                self._fits(message.qos, size)
+                or self._refusal is not None
+                or (not message.qos and not self._online)
+            )
 
-        if size > self._max_queued_bytes:
+        if size > (self._spool_most_bytes if self._spool and message.qos else self._max_queued_bytes):
             raise QueueFullError(
-                f"the message of {size:,} bytes is larger than max_queued_bytes={self._max_queued_bytes:,}: "
-                "raise the setting",
+                f"the message of {size:,} bytes is larger than all that may be held: "
+                "raise max_queued_bytes, or outbox_max_bytes where there is an outbox",
                 retriable=False,
             )
         self._waiting += 1
@@ -158,7 +206,8 @@ class Outbound:
             if not self._room.wait_for(room_or_refused, timeout):
                 raise QueueFullError(
                     f"{self._held:,} outgoing messages with {self._held_bytes:,} bytes are held already: "
-                    "publish slower, or raise max_queued or max_queued_bytes"
+                    "publish slower, or raise max_queued or max_queued_bytes (outbox_max_messages or "
+                    "outbox_max_bytes where there is an outbox)"
                 )
         finally:
             self._waiting -= 1
@@ -180,6 +229,15 @@ class Outbound:
         with contextlib.suppress(IndexError):  # another thread may take the last one
             for _ in range(most):
                 self._callbacks.popleft()()
+
+    def attach(self, spool: Spool, most: int, most_bytes: int) -> None:
+        """Keep messages of QoS 1 and 2 in a durable outbox from now on, and send what lies there."""
+        with self._room:
+            self._spool = spool
+            self._spool_most = most
+            self._spool_most_bytes = most_bytes
+            self._held += spool.on_disk_only
+            self._held_bytes += spool.bytes_found
 
     def open(self) -> None:
         """Admit messages from now on."""
@@ -209,11 +267,17 @@ class Outbound:
             held = (*self._inflight.values(), *self._firm)
             lost = [message for message in held if not message.receipt.done()]
             lossy = len(self._lossy)
+            spool, self._spool = self._spool, None
             self._inflight.clear()
             self._firm.clear()
             self._lossy.clear()
-            self._held = self._held_bytes = 0
+            self._held = self._held_bytes = self._lossy_bytes = 0
             self._room.notify_all()
+        if spool is not None:
+            spool.close()
+            for message in lost:
+                message.receipt._fail(spool.unsent())
+            lost = [message for message in lost if not message.number]
         for message in lost:
             message.receipt._fail(
                 ClosedError("the client was shut down before the broker acknowledged the message")
@@ -253,7 +317,8 @@ class Outbound:
             self._online = False
             lost = len(self._lossy)
             self._held -= lost
-            self._held_bytes -= sum(message.size for message in self._lossy)
+            self._held_bytes -= self._lossy_bytes
+            self._lossy_bytes = 0
             self._lossy.clear()
             self._room.notify_all()
         self._call_back(len(self._callbacks))
@@ -279,7 +344,7 @@ class Outbound:
         suspect.strikes += 1
         if suspect.strikes >= _MOST_STRIKES:
             del self._inflight[suspect.packet_id]
-            self._freed(1, suspect.size)
+            self._over(suspect)
             self._rejected(
                 suspect,
                 f"the broker closed the connection each of the {suspect.strikes} times that it was sent; "
@@ -303,7 +368,19 @@ class Outbound:
             room -= self._pump_lossy(write, (room + 1) // 2)
         while room > 0 and self._firm and self._may_send():
             room -= self._send(self._firm.popleft(), write)
+        if self._spool is not None and self._spool.wants_more(len(self._firm)):
+            with self._room:
+                self._spool.load(self._loaded)
         return room <= 0 or bool(self._lossy)
+
+    def _loaded(self, messages: list[Outgoing]) -> None:
+        """More of what is on disk. Timer thread."""
+        with self._room:
+            if self._spool is None:
+                return
+            self._firm.extend(messages)
+            self._spool.entered(messages)
+        self._wake()
 
     def _pump_lossy(self, write: Callable[[bytes], None], room: int) -> int:
         lossy, v5 = self._lossy, self._v5
@@ -322,7 +399,7 @@ class Outbound:
             written += len(packet)
         self.messages += count - len(rejected)
         self._lossy_unsent += count - len(rejected)
-        self._freed(count, freed)
+        self._freed(count, freed, lossy=freed)
         for message, objection in rejected:
             self._rejected(message, objection, None)
         return written
@@ -333,7 +410,11 @@ class Outbound:
         else:
             if not message.sent:
                 if not message.receipt._mark_sent():
-                    self._freed(1, message.size)  # cancelled in time
+                    self._over(message)  # taken back in time
+                    return 0
+                if self._spool is not None and self._spool.too_old(message):
+                    self._over(message)
+                    self._rejected(message, "it waited in the outbox for longer than outbox_max_age", None)
                     return 0
                 message.packet_id = self._next_packet_id()
             packet = wire.encode_publish(
@@ -347,7 +428,7 @@ class Outbound:
             )
             objection = self._objection(message, len(packet))
             if objection:
-                self._freed(1, message.size)
+                self._over(message)
                 self._rejected(message, objection, None)
                 return 0
             self.messages += 1
@@ -417,17 +498,24 @@ class Outbound:
         if message is self._suspect:
             self._suspect = None
         self._largest = max(self._largest, message.size)
-        self._freed(1, message.size)
+        self._over(message)
         if reason >= 0x80:
             self._rejected(message, wire.reason_name(kind, reason), reason)
         else:
             self.acknowledgements += 1
             message.receipt._settle()
 
-    def _freed(self, count: int, size: int) -> None:
+    def _over(self, message: Outgoing) -> None:
+        """A message of QoS 1 or 2 needs nothing more."""
+        if self._spool is not None:
+            self._spool.discard(message)
+        self._freed(1, message.size)
+
+    def _freed(self, count: int, size: int, lossy: int = 0) -> None:
         with self._room:
             self._held -= count
             self._held_bytes -= size
+            self._lossy_bytes -= lossy
             if self._waiting:
                 self._room.notify_all()
         if self._callbacks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import Counter
 from typing import Any
 
 import attrs
@@ -19,7 +20,6 @@ _LAST_IDENTIFIER = 268_435_455
 class Registration:
     """One call of ``subscribe``: a filter and who gets its messages."""
 
-    number: int
     topic: str
     qos: int
     consumer: Consumer
@@ -59,15 +59,16 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._numbers = 0
+        self._uses: Counter[str] = Counter()
         self._identifiers: set[int] = set()
         self.router: Router[FilterEntry] = Router()
 
-    def next_number(self) -> int:
-        """A number for a registration to come, never used twice."""
+    def next_identity(self, topic_filter: str) -> str:
+        """A name for a registration to come: never used twice, and the same in each run of a service
+        that subscribes in the same order."""
         with self._lock:
-            self._numbers += 1
-            return self._numbers
+            self._uses[topic_filter] += 1
+            return f"{topic_filter}#{self._uses[topic_filter]}"
 
     def add(self, registration: Registration) -> FilterEntry:
         """Enter a registration; returns the filter that the broker must be asked for."""

@@ -25,6 +25,7 @@ from tars_mqtt._core.transport import (
     ConnectionLostError,
     Event,
     Goodbye,
+    HungUpError,
     Interrupted,
     Packets,
     SilenceError,
@@ -40,6 +41,8 @@ from tars_mqtt.url import BrokerURL
 logger = logging.getLogger("tars_mqtt.session")
 
 _TAKEN_OVER = 0x8E
+_SHORT_TIME = 60.0
+"""Seconds; connections that are hung up sooner, again and again, look like a quarrel over the client id."""
 _HOMELESS_TIME = 2.0
 """Seconds after the last subscribe that messages of an earlier process wait for one to take them."""
 
@@ -102,6 +105,7 @@ class Session:
         self._bytes_out = 0
         self._broker: BrokerURL | None = None
         self._v5 = True
+        self._hang_ups = 0
         self._ready = False
         self._liveness = Liveness(1.0, 1.0, 0.0, 0.0)
         self._restore_by = float("inf")
@@ -197,11 +201,14 @@ class Session:
         try:
             self._established(connection)
             self._serve(connection.events)
-        except (ConnectionLostError, wire.MalformedPacketError) as error:
+        except Exception as error:
             end = error
+            if not isinstance(error, (ConnectionLostError, wire.MalformedPacketError)):
+                raise
         finally:
-            self._lost(end)
-        return self._delay_after(time.monotonic() - started, taken_over=isinstance(end, TakenOverError))
+            held = time.monotonic() - started
+            self._lost(end, held)
+        return self._delay_after(held, taken_over=isinstance(end, TakenOverError))
 
     def _failed(self, error: Exception, curable: bool = True) -> float:
         self.transport.drop()
@@ -413,7 +420,7 @@ class Session:
         self._outbound.pump(transport.write, transport.unsent_bytes)
         transport.disconnect(deadline)
 
-    def _lost(self, error: Exception | None) -> None:
+    def _lost(self, error: Exception | None, held: float) -> None:
         """Leave everything as the next connection needs it."""
         self._ready = False
         bytes_in, bytes_out = self.transport.traffic
@@ -425,9 +432,17 @@ class Session:
         if error is None:
             logger.info("disconnected", extra=self._extra())
         else:
-            self.last_error = str(error)
+            self.last_error = str(error) + self._suspicion(error, held)
             self._state.replace(ConnectionState.CONNECTED, ConnectionState.RECONNECTING)
-            logger.warning("connection lost: %s", error, extra=self._extra())
+            logger.warning("connection lost: %s", self.last_error, extra=self._extra())
+
+    def _suspicion(self, error: Exception, held: float) -> str:
+        """Mosquitto, and brokers of MQTT 3.1.1, hang up without a word when another client takes our id."""
+        suspect = isinstance(error, HungUpError) and held < _SHORT_TIME
+        self._hang_ups = self._hang_ups + 1 if suspect else 0
+        if self._hang_ups < 2:
+            return ""
+        return f" again: was it taken over by another client with the same id {self._config.client_id!r}?"
 
     def _extra(self) -> dict[str, object]:
         return {"client_id": self._config.client_id}

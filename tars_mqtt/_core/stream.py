@@ -20,6 +20,10 @@ class ConnectionLostError(Exception):
     """The connection is gone; the message says how. Internal: never reaches a caller."""
 
 
+class HungUpError(ConnectionLostError):
+    """The peer closed the connection and did not say why."""
+
+
 class SilenceError(ConnectionLostError):
     """The peer gave no sign of life; nobody closed anything."""
 
@@ -66,7 +70,7 @@ class Stream:
         except OSError as error:
             raise ConnectionLostError(f"reading failed: {reason_of(error)}") from error
         if not data:
-            raise ConnectionLostError("the broker closed the connection")
+            raise HungUpError("the broker closed the connection")
         self.bytes_in += len(data)
         if self._pieces:
             # A packet of many reads is joined once, when it is complete, not at every read.

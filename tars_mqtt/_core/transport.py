@@ -26,7 +26,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dial import Interrupted, dial
-from tars_mqtt._core.stream import ConnectionLostError, SilenceError, Stream
+from tars_mqtt._core.stream import ConnectionLostError, HungUpError, SilenceError, Stream
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
@@ -35,6 +35,7 @@ __all__ = [
     "Connack",
     "ConnectionLostError",
     "Goodbye",
+    "HungUpError",
     "Interrupted",
     "LAST_PAHO_PACKET_ID",
     "Packets",

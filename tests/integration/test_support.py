@@ -61,6 +61,12 @@ class Client:
             self.socket.settimeout(5)
 
 
+def connect_and_listen(port: int) -> None:
+    """For connections that may be reset as early as they are made."""
+    with Client(port) as client:
+        client.receive(1)
+
+
 def echo(connection) -> None:
     """A script: what comes goes back."""
     while True:
@@ -169,10 +175,14 @@ def test_a_script_that_expects_something_else_fails_the_test():
 
 
 def test_a_holding_script_says_nothing_and_ends_with_the_broker():
-    with ScriptedBroker(lambda connection: connection.hold()) as broker, Client(broker.port) as client:
+    broker = ScriptedBroker(lambda connection: connection.hold())
+    with Client(broker.port) as client:
         client.send(mqtt.connect("me"))
         broker.wait_for(PacketType.CONNECT)
         assert client.is_silent()
+        broker.close()
+        with pytest.raises(EOFError):
+            client.receive(1)
 
 
 def test_a_script_may_reset_the_connection_and_notices_when_the_client_leaves():
@@ -186,8 +196,8 @@ def test_a_script_may_reset_the_connection_and_notices_when_the_client_leaves():
             raise
 
     with ScriptedBroker(lambda connection: connection.reset(), notice) as broker:
-        with Client(broker.port) as client, pytest.raises(ConnectionResetError):
-            client.receive(1)
+        with pytest.raises(ConnectionResetError):
+            connect_and_listen(broker.port)
         Client(broker.port).socket.close()
         eventually(lambda: ended == [2])
 
@@ -386,12 +396,8 @@ def test_cut_after_ends_a_connection_in_the_middle_of_a_packet(echoed, upstream)
 
 
 def test_proxy_resets_a_client_whose_broker_is_not_there():
-    def talk(port: int) -> None:
-        with Client(port) as client:
-            client.receive(1)
-
     with FaultProxy(f"mqtt://{HOST}:{free_port()}") as proxy, pytest.raises(ConnectionResetError):
-        talk(proxy.port)
+        connect_and_listen(proxy.port)
 
 
 def test_proxy_leaves_nothing_behind_when_it_is_closed_under_load(upstream):

@@ -19,7 +19,6 @@ from tests.support import PacketType, eventually
 from tests.support import packet as mqtt
 
 GRANTED = Connack(code=0, reason="", session_present=False)
-RESUMED = attrs.evolve(GRANTED, session_present=True)
 
 
 class Harness:
@@ -30,17 +29,21 @@ class Harness:
         self.wakes = 0
         self.outbound = Outbound(max_inflight, max_queued, max_queued_bytes, self.counters, self.wake)
         self.v5 = True
+        self.more = False
 
     def wake(self) -> None:
         self.wakes += 1
 
-    def connect(self, connack: Connack = GRANTED, v5: bool = True) -> None:
+    def connect(self, v5: bool = True, resumed: bool = False, **limits) -> None:
         self.v5 = v5
-        self.outbound.connected(connack, v5)
+        self.outbound.connected(attrs.evolve(GRANTED, **limits), v5, resumed)
 
-    def reconnect(self, connack: Connack) -> None:
-        self.outbound.disconnected()
-        self.connect(connack, self.v5)
+    def disconnect(self, by_broker: bool = True) -> None:
+        self.outbound.disconnected(by_broker)
+
+    def reconnect(self, resumed: bool, by_broker: bool = False, **limits) -> None:
+        self.disconnect(by_broker)
+        self.connect(self.v5, resumed, **limits)
 
     def submit(self, payload: bytes = b"x", qos: int = 1, timeout: float | None = 0, **options) -> Outgoing:
         message = outgoing(payload, qos, **options)
@@ -49,7 +52,7 @@ class Harness:
 
     def pump(self, unsent_bytes: int = 0) -> list[mqtt.Packet]:
         written: list[bytes] = []
-        self.outbound.pump(written.append, unsent_bytes)
+        self.more = self.outbound.pump(written.append, unsent_bytes)
         return [mqtt.read_packet(Reader(packet)) for packet in written]
 
     def publishes(self, unsent_bytes: int = 0) -> list[mqtt.Publish]:
@@ -116,7 +119,7 @@ def test_qos_1_and_2_wait_for_a_connection_in_order() -> None:
 
 
 def test_qos_0_without_a_connection_is_refused_and_not_kept(harness: Harness) -> None:
-    harness.outbound.disconnected()
+    harness.disconnect()
     with pytest.raises(NotConnectedError, match="publish with qos=1 to have it wait"):
         harness.submit(qos=0)
     assert harness.held() == (0, 0)
@@ -172,7 +175,7 @@ def test_a_message_larger_than_all_the_room_is_refused_at_once() -> None:
 
 def test_room_comes_free_however_a_message_ends() -> None:
     harness = Harness(max_queued=1, max_queued_bytes=100)
-    harness.connect(attrs.evolve(GRANTED, maximum_packet_size=50))
+    harness.connect(maximum_packet_size=50)
     acknowledged = harness.submit()
     harness.pump()
     harness.acknowledge(acknowledged)
@@ -195,7 +198,7 @@ def test_room_comes_free_however_a_message_ends() -> None:
         harness.submit(b"x" * 60, qos=qos)
         harness.pump()
     harness.submit(qos=0)
-    harness.outbound.disconnected()
+    harness.disconnect()
     harness.submit()
     harness.outbound.abandon()
     assert harness.held() == (0, 0)
@@ -288,10 +291,10 @@ def test_a_lost_connection_ends_the_wait_of_qos_0_and_not_that_of_qos_1() -> Non
     outcomes: list[object] = []
     lossy = in_thread(outcomes, harness, None, qos=0)
     firm = in_thread(outcomes, harness, None, qos=1)
-    harness.outbound.disconnected()
+    harness.disconnect()
     lossy.join(10)
     assert [type(outcome) for outcome in outcomes] == [NotConnectedError]
-    harness.connect(RESUMED)
+    harness.connect(resumed=True)
     harness.pump()
     harness.acknowledge(message)
     firm.join(10)
@@ -323,7 +326,7 @@ def test_a_lost_connection_calls_all_who_wait_for_room() -> None:
     called: list[int] = []
     for number in range(3):
         harness.outbound.when_room(lambda number=number: called.append(number))
-    harness.outbound.disconnected()
+    harness.disconnect()
     assert called == [0, 1, 2]
 
 
@@ -363,7 +366,7 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
 @pytest.mark.parametrize(("max_inflight", "receive_maximum", "window"), [(3, 65_535, 3), (64, 2, 2), (1, 10, 1)])
 def test_no_more_than_a_window_is_unacknowledged(max_inflight: int, receive_maximum: int, window: int) -> None:
     harness = Harness(max_inflight=max_inflight)
-    harness.connect(attrs.evolve(GRANTED, receive_maximum=receive_maximum))
+    harness.connect(receive_maximum=receive_maximum)
     messages = [harness.submit(b"%d" % number) for number in range(6)]
     assert len(harness.pump()) == window
     assert harness.pump() == []
@@ -415,17 +418,20 @@ def test_a_flood_of_qos_0_leaves_room_for_qos_1_and_the_other_way_round() -> Non
         assert b"other" in harness.payloads()
 
 
-def test_more_than_the_socket_takes_at_once_is_written_in_several_goes() -> None:
+@pytest.mark.parametrize("qos", [0, 1])
+def test_more_than_the_socket_takes_at_once_is_written_in_several_goes(qos: int) -> None:
+    """And as long as there is more, the network thread does not go to sleep."""
     harness = Harness(max_queued=1000, max_inflight=1000, max_queued_bytes=1 << 30)
     harness.connect()
     for number in range(20):
-        harness.submit(b"%02d" % number + b"x" * (_ENOUGH_UNSENT // 4))
+        harness.submit(b"%02d" % number + b"x" * (_ENOUGH_UNSENT // 4), qos=qos)
     written: list[bytes] = []
     goes = 0
     while payloads := harness.payloads():
         goes += 1
         assert sum(map(len, payloads)) <= 2 * _ENOUGH_UNSENT
         written += payloads
+        assert harness.more or len(written) == 20
     assert goes > 2
     assert [payload[:2] for payload in written] == [b"%02d" % number for number in range(20)]
 
@@ -520,7 +526,7 @@ def test_what_was_interrupted_goes_again_first_in_order_marked_as_repetition() -
     messages = [harness.submit(b"%d" % number) for number in range(5)]
     ids = [publish.packet_id for publish in harness.publishes()]
     harness.acknowledge(messages[1])
-    harness.reconnect(RESUMED)
+    harness.reconnect(resumed=True)
     again = harness.publishes()
     assert [(publish.payload, publish.dup) for publish in again] == [(b"0", True), (b"2", True), (b"3", False)]
     assert [publish.packet_id for publish in again[:2]] == [ids[0], ids[2]]
@@ -532,7 +538,7 @@ def test_nothing_is_marked_as_repetition_where_the_broker_forgot_the_session() -
     harness.connect()
     messages = [harness.submit(b"%d" % number, qos=1 + number % 2) for number in range(3)]
     harness.pump()
-    harness.reconnect(GRANTED)
+    harness.reconnect(resumed=False)
     again = harness.publishes()
     assert [(publish.payload, publish.dup) for publish in again] == [(b"0", False), (b"1", False)]
     for message in messages[:2]:
@@ -550,7 +556,7 @@ def test_qos_2_that_the_broker_has_is_released_and_not_sent_again() -> None:
     message = harness.submit(qos=2)
     harness.pump()
     harness.acknowledge(message, kind=wire.PUBREC)
-    harness.reconnect(RESUMED)
+    harness.reconnect(resumed=True)
     (packet,) = harness.pump()
     assert packet == (PacketType.PUBREL, 2, message.packet_id.to_bytes(2))
     harness.acknowledge(message, kind=wire.PUBCOMP)
@@ -563,7 +569,7 @@ def test_qos_2_that_the_broker_had_before_it_forgot_the_session_is_sent_again() 
     message = harness.submit(b"twice at worst", qos=2)
     harness.pump()
     harness.acknowledge(message, kind=wire.PUBREC)
-    harness.reconnect(GRANTED)
+    harness.reconnect(resumed=False)
     (publish,) = harness.publishes()
     assert (publish.payload, publish.dup) == (b"twice at worst", False)
 
@@ -575,8 +581,8 @@ def test_a_session_lost_on_the_second_reconnect_is_noticed_for_what_the_first_di
     first, second = harness.submit(b"first", qos=2), harness.submit(b"second", qos=1)
     harness.pump()
     harness.acknowledge(first, kind=wire.PUBREC)
-    harness.reconnect(RESUMED)  # and nothing is written
-    harness.reconnect(GRANTED)
+    harness.reconnect(resumed=True)  # and nothing is written
+    harness.reconnect(resumed=False)
     again = harness.publishes()
     assert [(publish.payload, publish.dup) for publish in again] == [(b"first", False), (b"second", False)]
     assert [publish.packet_id for publish in again] == [first.packet_id, second.packet_id]
@@ -587,9 +593,9 @@ def test_order_survives_many_reconnects() -> None:
     harness = Harness(max_inflight=2)
     harness.connect()
     messages = [harness.submit(b"%d" % number) for number in range(4)]
-    for connack in (RESUMED, GRANTED, RESUMED, RESUMED):
+    for resumed in (True, False, True, True):
         assert harness.payloads() == [b"0", b"1"]
-        harness.reconnect(connack)
+        harness.reconnect(resumed)
     for message in messages[:2]:
         harness.pump()
         harness.acknowledge(message)
@@ -601,7 +607,7 @@ def test_a_smaller_window_after_a_reconnect_is_kept_to() -> None:
     harness.connect()
     messages = [harness.submit(b"%d" % number) for number in range(5)]
     harness.pump()
-    harness.reconnect(attrs.evolve(RESUMED, receive_maximum=2))
+    harness.reconnect(resumed=True, receive_maximum=2)
     assert harness.payloads() == [b"0", b"1"]
     harness.acknowledge(messages[0])
     assert harness.payloads() == [b"2"]
@@ -611,17 +617,17 @@ def test_qos_0_that_waited_is_lost_with_the_connection_and_counted(harness: Harn
     for _ in range(3):
         harness.submit(qos=0)
     with caplog.at_level(logging.WARNING, "tars_mqtt.publish"):
-        harness.outbound.disconnected()
+        harness.disconnect()
     assert harness.counters.dropped() == {"connection_lost": 3}
     assert "lost up to 3 messages of QoS 0" in caplog.text
-    harness.connect(RESUMED)
+    harness.connect(resumed=True)
     assert harness.payloads() == []
 
 
 def test_qos_0_that_had_not_left_the_socket_is_counted_as_lost(harness: Harness) -> None:
     harness.submit(qos=0)
     harness.pump()
-    harness.outbound.disconnected()
+    harness.disconnect()
     assert harness.counters.dropped() == {"connection_lost": 1}
 
 
@@ -629,7 +635,7 @@ def test_qos_0_that_had_left_is_not_counted_as_lost(harness: Harness) -> None:
     harness.submit(qos=0)
     harness.pump()
     harness.pump(unsent_bytes=0)
-    harness.outbound.disconnected()
+    harness.disconnect()
     assert harness.counters.dropped() == {}
 
 
@@ -639,7 +645,7 @@ def test_qos_0_that_had_left_is_not_counted_as_lost(harness: Harness) -> None:
 def test_a_packet_larger_than_the_broker_takes_is_rejected_and_not_sent() -> None:
     """[MQTT-3.2.2-15]: sending it would cost the connection, again and again."""
     harness = Harness()
-    harness.connect(attrs.evolve(GRANTED, maximum_packet_size=20))
+    harness.connect(maximum_packet_size=20)
     fits = b"x" * (20 - 2 - 3 - 2 - 1)
     too_large = [harness.submit(fits + b"x"), harness.submit(fits + b"xxx", qos=0)]
     harness.submit(fits)
@@ -653,7 +659,7 @@ def test_a_packet_larger_than_the_broker_takes_is_rejected_and_not_sent() -> Non
 
 def test_a_qos_that_the_broker_does_not_have_is_rejected() -> None:
     harness = Harness()
-    harness.connect(attrs.evolve(GRANTED, maximum_qos=1))
+    harness.connect(maximum_qos=1)
     two, one = harness.submit(qos=2), harness.submit(qos=1)
     assert len(harness.pump()) == 1
     with pytest.raises(PublishRejectedError, match="the broker takes QoS 1 at most"):
@@ -663,11 +669,62 @@ def test_a_qos_that_the_broker_does_not_have_is_rejected() -> None:
 
 def test_retain_where_the_broker_keeps_nothing_is_rejected() -> None:
     harness = Harness()
-    harness.connect(attrs.evolve(GRANTED, retain_available=False))
+    harness.connect(retain_available=False)
     kept = harness.submit(retain=True)
     assert harness.pump() == []
     with pytest.raises(PublishRejectedError, match="retain not supported"):
         kept.receipt.result(0)
+
+
+def broken_over(harness: Harness, payload: bytes) -> bool:
+    """The broker hangs up on this payload and acknowledges everything else; True when it was sent."""
+    publishes = harness.publishes()
+    sent = payload in [publish.payload for publish in publishes]
+    for publish in publishes:
+        if not sent:
+            harness.outbound.acknowledged(wire.PUBACK, publish.packet_id, 0)
+    if sent:
+        harness.reconnect(resumed=True, by_broker=True)
+    return sent
+
+
+def test_a_message_over_which_the_broker_hangs_up_is_found_and_fails_and_the_others_go() -> None:
+    """MQTT 3.1.1 has no way to say that a packet is too large."""
+    harness = Harness()
+    harness.connect(v5=False)
+    messages = [harness.submit(b"x" * size) for size in (3, 500, 2)]
+    times = 0
+    while not all(message.receipt.done() for message in messages):
+        times += broken_over(harness, b"x" * 500)
+        assert times < 10
+    assert times == 3
+    with pytest.raises(PublishRejectedError, match="closed the connection each of the 3 times"):
+        messages[1].receipt.result(0)
+    assert messages[0].receipt.result(0) == messages[2].receipt.result(0) == "id"
+    assert harness.outbound.depths == (0, 0, 0)
+
+
+def test_a_message_is_not_blamed_for_a_connection_that_we_gave_up() -> None:
+    harness = Harness()
+    harness.connect()
+    message = harness.submit(b"x" * 500)
+    for _ in range(10):
+        assert harness.payloads() == [b"x" * 500]
+        harness.reconnect(resumed=True, by_broker=False)
+    assert not message.receipt.done()
+
+
+def test_a_message_no_larger_than_one_that_arrived_is_not_blamed() -> None:
+    harness = Harness()
+    harness.connect()
+    larger = harness.submit(b"x" * 500)
+    harness.pump()
+    harness.acknowledge(larger)
+    messages = [harness.submit(b"x" * 499), harness.submit(b"x" * 498)]
+    for _ in range(10):
+        assert len(harness.payloads()) == 2, "side by side, not one alone"
+        harness.reconnect(resumed=True, by_broker=True)
+    assert not messages[0].receipt.done()
 
 
 # -- taking back --------------------------------------------------------------------------
@@ -687,7 +744,7 @@ def test_a_message_that_was_sent_cannot_be_taken_back(harness: Harness) -> None:
     message = harness.submit()
     harness.pump()
     assert not message.receipt.cancel()
-    harness.reconnect(GRANTED)
+    harness.reconnect(resumed=False)
     assert not message.receipt.cancel()
     assert harness.payloads() == [b"x"]
 
@@ -756,7 +813,7 @@ def test_many_publishers_and_a_broken_connection_lose_and_swap_nothing() -> None
             if name not in arrived:
                 arrived.append(name)
             if number % 3 == 2:
-                harness.reconnect(RESUMED)
+                harness.reconnect(resumed=True)
                 break
             harness.outbound.acknowledged(wire.PUBACK, publish.packet_id, 0)
         return len(arrived) == 180 and not harness.held()[0]

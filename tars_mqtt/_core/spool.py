@@ -1,0 +1,145 @@
+"""The outgoing messages that lie in the durable outbox, and which of them are in memory as well."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from tars_mqtt._core.outbound import Outgoing
+from tars_mqtt.errors import ClosedError, OutboxError
+from tars_mqtt.message import PublishReceipt
+from tars_mqtt.outbox import Outbox
+
+logger = logging.getLogger("tars_mqtt.publish")
+
+_MOST_IN_MEMORY = 1024
+_PRUNE_DELAY = 0.005
+"""Seconds that acknowledged messages gather for one deletion: a kill in between repeats them."""
+_RETRY_DELAY = 1.0
+
+
+class Spool:
+    """Stands between the queue in memory and the file. Messages enter the queue in the order of their numbers.
+
+    Args:
+        outbox: The file.
+        later: Runs a call on another thread, after so many seconds.
+        max_age: Seconds after which a message is not worth sending any more; 0 for never.
+    """
+
+    def __init__(
+        self, outbox: Outbox, later: Callable[[float, Callable[[], None]], None], max_age: float
+    ) -> None:
+        self._outbox = outbox
+        self._later = later
+        self._max_age = max_age
+        # Guarded by the lock of the queue:
+        self.on_disk_only, self.bytes_found = outbox.totals()
+        self._last_in_memory = 0
+        self._loading = False
+        # A receipt that nobody holds tells nobody anything: it need not take up memory.
+        self._receipts: weakref.WeakValueDictionary[int, PublishReceipt] = weakref.WeakValueDictionary()
+        # Guarded by _lock:
+        self._lock = threading.Lock()
+        self._pruning = False
+
+    def store(self, message: Outgoing, stored: Callable[[Outgoing], None]) -> None:
+        """Return when *message* is on disk; *stored* has been called with it, in order of numbers.
+
+        Raises:
+            OutboxError: It could not be written.
+        """
+
+        def committed(number: int) -> None:
+            message.number = number
+            stored(message)
+
+        receipt = message.receipt
+        self._outbox.store(
+            message.topic, message.payload, message.qos, message.retain, receipt.envelope_id, committed
+        )
+
+    def stays_in_memory(self, message: Outgoing, queued: int) -> bool:
+        """Whether *message*, just stored, goes to the queue of so many at once. Holds the queue's lock."""
+        if self.on_disk_only or queued >= _MOST_IN_MEMORY:
+            self.on_disk_only += 1
+            self._receipts[message.number] = message.receipt
+            return False
+        self._last_in_memory = message.number
+        return True
+
+    def wants_more(self, queued: int) -> bool:
+        """Whether the queue of so many runs low while there is more on disk. Holds the queue's lock."""
+        return self.on_disk_only > 0 and not self._loading and queued < _MOST_IN_MEMORY // 4
+
+    def load(self, loaded: Callable[[list[Outgoing]], None]) -> None:
+        """Have the next messages read, and *loaded* called with them. Holds the queue's lock."""
+        self._loading = True
+        self._later(0.0, lambda: self._load(loaded))
+
+    def _load(self, loaded: Callable[[list[Outgoing]], None]) -> None:
+        try:
+            rows = self._outbox.fetch(self._last_in_memory, _MOST_IN_MEMORY // 2)
+        except OutboxError as error:
+            logger.error("%s; trying again", error)
+            self._later(_RETRY_DELAY, lambda: self._load(loaded))
+            return
+        messages = []
+        for row in rows:
+            receipt = self._receipts.pop(row.number, None)
+            if receipt is None:
+                receipt = PublishReceipt(row.envelope_id, row.topic.decode(), row.qos)
+            message = Outgoing(row.topic, row.payload, row.qos, row.retain, receipt)
+            message.number = row.number
+            message.stored_at = row.stored_at
+            messages.append(message)
+        loaded(messages)
+
+    def entered(self, messages: list[Outgoing]) -> None:
+        """*messages* are in the queue now. Holds the queue's lock."""
+        self._loading = False
+        if messages:
+            self._last_in_memory = messages[-1].number
+            self.on_disk_only -= len(messages)
+        else:
+            self.on_disk_only = 0
+
+    def too_old(self, message: Outgoing) -> bool:
+        """Whether *message* is not worth sending any more."""
+        return bool(self._max_age and message.number and time.time() - message.stored_at > self._max_age)
+
+    def discard(self, message: Outgoing) -> None:
+        """*message* need not be kept any longer. Does not block."""
+        if not message.number:
+            return
+        self._outbox.discard(message.number)
+        with self._lock:
+            if self._pruning:
+                return
+            self._pruning = True
+        self._later(_PRUNE_DELAY, self._prune)
+
+    def _prune(self) -> None:
+        with self._lock:
+            self._pruning = False
+        try:
+            self._outbox.prune()
+        except OutboxError as error:
+            # Not deleted, they are sent once more at the next start.
+            logger.error("%s", error)
+
+    def close(self) -> None:
+        """Let go of the file. What was not sent stays in it."""
+        self._outbox.close()
+        for receipt in list(self._receipts.values()):
+            receipt._fail(self.unsent())
+
+    def unsent(self) -> ClosedError:
+        """What the receipt of a message says that stays in the file."""
+        return ClosedError(
+            "the client was shut down before the broker acknowledged the message; "
+            "it stays in the outbox, and goes out at the next start"
+        )

@@ -1,0 +1,280 @@
+"""The durable outbox: outgoing messages on disk until the broker has them, in one SQLite file.
+
+The file belongs to one process at a time. Every commit is on the disk when it returns (WAL,
+``synchronous=FULL``); callers that come while one is under way share the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+
+from tars_mqtt.errors import OutboxError
+
+__all__ = ["Outbox", "StoredMessage"]
+
+logger = logging.getLogger("tars_mqtt.publish")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS outgoing (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    topic BLOB NOT NULL,
+    payload BLOB NOT NULL,
+    qos INTEGER NOT NULL,
+    retain INTEGER NOT NULL,
+    envelope_id TEXT,
+    stored_at REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS seen (
+    key TEXT PRIMARY KEY,
+    expires_at REAL NOT NULL
+) WITHOUT ROWID;
+"""
+_INSERT = (
+    "INSERT INTO outgoing (topic, payload, qos, retain, envelope_id, stored_at) VALUES (?, ?, ?, ?, ?, ?)"
+)
+
+
+@attrs.frozen
+class StoredMessage:
+    """One message as it lies on disk."""
+
+    number: int
+    topic: bytes
+    payload: bytes
+    qos: int
+    retain: bool
+    envelope_id: str | None
+    stored_at: float
+
+
+@attrs.define(eq=False)
+class _Write:
+    """What one caller wants committed."""
+
+    statement: str
+    row: tuple[object, ...]
+    committed: Callable[[int], None]
+    """Called inside the commit's turn, with the number of the last row inserted."""
+    error: Exception | None = None
+    over: bool = False
+
+
+class Outbox:
+    """One open outbox file. Any thread; each call but `discard` may wait for the disk.
+
+    Raises:
+        OutboxError: The file cannot be opened, or another process has it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], wall_clock: Callable[[], float] = time.time) -> None:
+        self.path = Path(path)
+        self._wall_clock = wall_clock
+        # Held by whoever uses the connection; a caller that finds it taken leaves its write to be shared.
+        self._turn = threading.Lock()
+        # Guarded by _lock:
+        self._lock = threading.Lock()
+        self._writes: deque[_Write] = deque()
+        self._discarded: list[tuple[int]] = []
+        self._connection = self._open()
+
+    # -- outgoing messages --------------------------------------------------------------------
+
+    def store(
+        self,
+        topic: bytes,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        envelope_id: str | None,
+        stored: Callable[[int], None],
+    ) -> None:
+        """Return when the message is on disk; *stored* has been called with its number, in order of numbers.
+
+        Raises:
+            OutboxError: It could not be written; the message is not stored.
+        """
+        row = (topic, payload, qos, retain, envelope_id, self._wall_clock())
+        self._commit(_Write(_INSERT, row, stored))
+
+    def discard(self, number: int) -> None:
+        """The broker has the message: it may be deleted with the next `prune`. Does not block."""
+        with self._lock:
+            self._discarded.append((number,))
+
+    def prune(self) -> None:
+        """Delete what was discarded, and what deduplication need not remember any more."""
+        with self._lock:
+            discarded, self._discarded = self._discarded, []
+        if not discarded:
+            return
+        with self._turn, self._reported():
+            # A deletion that a power cut undoes costs a repetition, not a message.
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with self._connection:
+                    self._connection.execute("BEGIN")
+                    self._connection.executemany("DELETE FROM outgoing WHERE number = ?", discarded)
+            finally:
+                self._connection.execute("PRAGMA synchronous = FULL")
+
+    def fetch(self, after: int, most: int) -> list[StoredMessage]:
+        """Read stored messages in order, from the first number above *after*."""
+        with self._turn, self._reported():
+            rows = self._connection.execute(
+                "SELECT number, topic, payload, qos, retain, envelope_id, stored_at FROM outgoing"
+                " WHERE number > ? ORDER BY number LIMIT ?",
+                (after, most),
+            ).fetchall()
+        return [
+            StoredMessage(number, topic, payload, qos, bool(retain), envelope_id, stored_at)
+            for number, topic, payload, qos, retain, envelope_id, stored_at in rows
+        ]
+
+    def totals(self) -> tuple[int, int]:
+        """How many messages are stored, and their bytes."""
+        with self._turn, self._reported():
+            count, size = self._connection.execute(
+                "SELECT count(*), coalesce(sum(length(topic) + length(payload)), 0) FROM outgoing"
+            ).fetchone()
+        return count, size
+
+    # -- what was handled ---------------------------------------------------------------------
+
+    def remember(self, key: str, ttl: float) -> None:
+        """Return when it is on disk that *key* was handled."""
+        row = (key, self._wall_clock() + ttl)
+        self._commit(_Write("INSERT OR REPLACE INTO seen VALUES (?, ?)", row, lambda _: None))
+
+    def remembered(self, most: int) -> list[tuple[str, float]]:
+        """Up to *most* keys that are not expired, latest last, with the seconds that they have left."""
+        now = self._wall_clock()
+        with self._turn, self._reported():
+            with self._connection:
+                self._connection.execute("BEGIN")
+                self._connection.execute("DELETE FROM seen WHERE expires_at <= ?", (now,))
+            rows = self._connection.execute(
+                "SELECT key, expires_at FROM seen ORDER BY expires_at DESC LIMIT ?", (most,)
+            ).fetchall()
+        return [(key, expires_at - now) for key, expires_at in reversed(rows)]
+
+    def forget_expired(self) -> None:
+        """Delete the keys whose time is over."""
+        with self._turn, self._reported(), self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.execute("DELETE FROM seen WHERE expires_at <= ?", (self._wall_clock(),))
+
+    # -- the file -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Delete what was discarded, and let go of the file. Idempotent."""
+        with contextlib.suppress(OutboxError):
+            self.prune()
+        with self._turn, contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.OperationalError as error:
+            raise self._refused(error) from error
+        except sqlite3.DatabaseError as error:
+            aside = self._set_aside()
+            logger.error(
+                "the outbox %s is damaged (%s): it was set aside as %s, and a new one begun",
+                self.path,
+                error,
+                aside.name,
+            )
+        try:
+            return self._connect()
+        except sqlite3.Error as error:
+            raise self._refused(error) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            # No other process may have the file, so no shared memory is needed beside it either.
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN EXCLUSIVE")
+            connection.execute("COMMIT")
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError("its pages do not fit together")
+            connection.executescript(_SCHEMA)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _set_aside(self) -> Path:
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self._wall_clock()))
+        aside = self.path.with_name(f"{self.path.name}.damaged-{stamp}")
+        try:
+            self.path.rename(aside)
+            wal = self.path.with_name(self.path.name + "-wal")
+            if wal.exists():
+                wal.rename(aside.with_name(aside.name + "-wal"))
+        except OSError as error:
+            raise OutboxError(f"the outbox {str(self.path)!r} is damaged and cannot be moved: {error}") from error
+        return aside
+
+    def _refused(self, error: sqlite3.Error) -> OutboxError:
+        if "locked" in str(error):
+            return OutboxError(
+                f"the outbox {str(self.path)!r} is in use by another process: give each process a file of its own"
+            )
+        return OutboxError(f"the outbox {str(self.path)!r} cannot be opened: {error}; check the path and its rights")
+
+    # -- group commit -------------------------------------------------------------------------
+
+    def _commit(self, write: _Write) -> None:
+        with self._lock:
+            self._writes.append(write)
+        # Whoever gets the turn commits what has gathered meanwhile, its own write included.
+        with self._turn:
+            if not write.over:
+                self._commit_gathered()
+        if write.error is not None:
+            raise OutboxError(*write.error.args) from write.error
+
+    def _commit_gathered(self) -> None:
+        with self._lock:
+            writes = list(self._writes)
+            self._writes.clear()
+        numbers: list[int] = []
+        error: Exception | None = None
+        try:
+            with self._reported(), self._connection:
+                self._connection.execute("BEGIN")
+                for write in writes:
+                    cursor = self._connection.execute(write.statement, write.row)
+                    numbers.append(cursor.lastrowid or 0)
+        except OutboxError as failure:
+            error = failure
+        for index, write in enumerate(writes):
+            write.error = error
+            if error is None:
+                write.committed(numbers[index])
+            write.over = True
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            text = str(error)
+            advice = "free some space" if "full" in text else "check the disk"
+            raise OutboxError(f"the outbox {str(self.path)!r} cannot be written: {text}; {advice}") from error

@@ -1,0 +1,397 @@
+"""Connecting: when it returns, what it says when it does not work out, and what it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+
+import pytest
+
+from tars_mqtt import (
+    ConfigError,
+    ConnectError,
+    ConnectionState,
+    ConnectRefusedError,
+    MQTTClientConfig,
+    NotConnectedError,
+    SubscribeError,
+)
+from tests.support import LeakCheck, PacketType, ScriptedBroker, eventually
+from tests.support import packet as mqtt
+from tests.support.port import HOST, free_port
+from tests.support.thread import in_thread
+
+BAD_PASSWORD = 0x86
+NOT_AUTHORISED = 0x87
+
+
+def accept_and_serve(connection) -> None:
+    connection.accept()
+    connection.serve()
+
+
+def accept_and_end(connection) -> None:
+    connection.accept()
+
+
+def refuse(code: int):
+    return lambda connection: connection.accept(code)
+
+
+# -- it works out -------------------------------------------------------------------------------
+
+
+def test_connect_returns_when_every_subscription_is_acknowledged(make_client):
+    """Not before: what is published right after connect() reaches our own handlers."""
+    may_answer = threading.Event()
+
+    def script(connection) -> None:
+        connection.accept()
+        requests = [connection.expect(PacketType.SUBSCRIBE) for _ in range(2)]
+        may_answer.wait(10)
+        for request in requests:
+            connection.answer(request)
+        connection.serve()
+
+    with ScriptedBroker(script) as broker:
+        client = make_client(broker.url)
+        client.subscribe("one", print)
+        client.subscribe("two/#", print, 1)
+        connecting = in_thread(client.connect)
+        broker.wait_for(PacketType.SUBSCRIBE, 2)
+        assert not connecting.done()
+        assert not client.connected
+        assert client.state is ConnectionState.CONNECTING
+        may_answer.set()
+        connecting.result(5)
+        assert client.connected
+        client.shutdown()
+
+
+def test_connect_waits_for_a_broker_that_starts_later(make_client, broker):
+    broker.terminate()
+    client = make_client(broker.url)
+    connecting = in_thread(client.connect)
+    eventually(lambda: client.stats().last_error)
+    time.sleep(0.8)  # some attempts fail
+    assert not connecting.done()
+    broker.start()
+    connecting.result(5)
+    assert client.connected
+
+
+def test_connect_on_a_connected_client_returns_at_once(make_client, broker):
+    client = make_client(broker.url)
+    client.connect()
+    client.connect()
+    assert client.connected
+    assert broker.log.count("Sending CONNACK") == 1
+
+
+def test_many_threads_may_connect_at_once(make_client, broker):
+    """They share one connection, and all come back when it is there."""
+    client = make_client(broker.url)
+    for outcome in [in_thread(client.connect) for _ in range(8)]:
+        outcome.result(5)
+    assert client.connected
+    assert broker.log.count("Sending CONNACK") == 1
+
+
+def test_with_connects_on_enter_and_shuts_down_on_exit(make_client, broker):
+    client = make_client(broker.url)
+    with client as entered:
+        assert entered is client
+        assert client.state is ConnectionState.CONNECTED
+    assert client.state is ConnectionState.CLOSED
+    eventually(lambda: "Received DISCONNECT" in broker.log)
+
+
+def test_wait_connected_says_whether_the_connection_came_in_time(make_client, broker):
+    client = make_client(broker.url)
+    assert client.wait_connected(0) is False
+    assert client.wait_connected(0.05) is False
+    waiting = in_thread(client.wait_connected, 5)
+    client.connect()
+    assert waiting.result(5) is True
+    assert client.wait_connected(0) is True
+
+
+# -- nobody answers -----------------------------------------------------------------------------
+
+
+def test_an_unreachable_broker_is_a_connect_error_in_time_that_says_where_why_and_what_to_do(make_client):
+    port = free_port()
+    check = LeakCheck()
+    client = make_client(f"mqtt://{HOST}:{port}")
+    started = time.monotonic()
+    with pytest.raises(ConnectError) as caught:
+        client.connect(timeout=0.5)
+    assert 0.5 <= time.monotonic() - started < 2.0
+    message = str(caught.value)
+    assert f"{HOST}:{port}" in message
+    assert "connection refused" in message
+    assert "check mqtt_url" in message
+    assert not isinstance(caught.value, ConnectRefusedError)
+    assert client.state is ConnectionState.DISCONNECTED
+    check.assert_clean()
+
+
+def test_the_connect_timeout_of_the_settings_counts_unless_another_is_given(make_client):
+    client = make_client(f"mqtt://{HOST}:{free_port()}", connect_timeout=0.3)
+    started = time.monotonic()
+    with pytest.raises(ConnectError, match=r"within 0\.3 s"):
+        client.connect()
+    assert time.monotonic() - started < 2.0
+
+
+def test_connect_after_a_failed_connect_works(make_client, broker):
+    broker.terminate()
+    client = make_client(broker.url)
+    with pytest.raises(ConnectError):
+        client.connect(timeout=0.2)
+    broker.start()
+    client.connect()
+    assert client.connected
+
+
+def test_several_brokers_are_tried_in_turn(make_client, shared_broker):
+    client = make_client(f"mqtt://{HOST}:{free_port()},{shared_broker.url}")
+    client.connect()
+    assert client.connected
+
+
+@pytest.mark.parametrize("scheme", ["mqtts", "ws", "wss"])
+def test_a_scheme_that_is_not_spoken_is_an_error_at_once_and_nothing_is_sent(make_client, scheme):
+    """Least of all a password in the clear to a port that expects TLS."""
+    with ScriptedBroker(lambda connection: connection.hold()) as broker:
+        client = make_client(f"{scheme}://me:s3cret@{HOST}:{broker.port}")
+        with pytest.raises(ConfigError, match=f"{scheme} is not supported yet"):
+            client.connect(timeout=20)
+        assert broker.connections == []
+
+
+def test_a_failed_connect_in_with_leaves_nothing_running(make_client):
+    check = LeakCheck()
+    client = make_client(f"mqtt://{HOST}:{free_port()}", connect_timeout=0.2)
+    with pytest.raises(ConnectError), client:
+        pytest.fail("the body must not run")
+    assert client.state is ConnectionState.CLOSED
+    check.assert_clean()
+
+
+def test_a_name_server_that_does_not_answer_keeps_nobody_waiting(make_client, monkeypatch):
+    """Name resolution has no time-out of its own: connect() keeps to its own all the same."""
+    answer = threading.Event()
+
+    def getaddrinfo(*args, **kwargs):
+        answer.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    client = make_client("mqtt://broker.example:1883")
+    started = time.monotonic()
+    try:
+        with pytest.raises(ConnectError, match=r"broker\.example"):
+            client.connect(timeout=0.3)
+        assert time.monotonic() - started < 2.5
+    finally:
+        answer.set()
+
+
+def test_a_host_without_an_address_is_named_with_the_reason(make_client, monkeypatch):
+    def getaddrinfo(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    client = make_client("mqtt://broker.example:1883")
+    with pytest.raises(ConnectError, match=r"'broker\.example': name or service not known"):
+        client.connect(timeout=0.2)
+
+
+def test_a_broker_that_takes_the_connection_and_says_nothing_is_a_connect_error(make_client):
+    """CONNACK never comes: in time, with that reason."""
+    with ScriptedBroker(lambda connection: connection.hold()) as broker:
+        client = make_client(broker.url, connect_timeout=0.4, protocol="5")
+        started = time.monotonic()
+        with pytest.raises(ConnectError, match="did not answer"):
+            client.connect(timeout=1.0)
+        assert time.monotonic() - started < 3.0
+
+
+def test_what_is_no_mqtt_broker_is_a_connect_error(make_client):
+    """A web server for instance; nothing of what it says escapes as another error."""
+
+    def http(connection) -> None:
+        connection.read()
+        connection.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with ScriptedBroker(http) as broker:
+        client = make_client(broker.url)
+        with pytest.raises(ConnectError, match="no connection to"):
+            client.connect(timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.publish_event("a", "b", {}),
+        lambda client: client.submit_event("a", "b", {}, qos=1),
+        lambda client: client.publish("a", b"", qos=2),
+    ],
+)
+def test_publishing_before_connect_says_what_to_do(make_client, call):
+    client = make_client("mqtt://127.0.0.1")
+    with pytest.raises(NotConnectedError, match=r"call connect\(\) first"):
+        call(client)
+
+
+# -- the broker says no -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1", "auto"])
+def test_a_wrong_password_is_refused_at_once(make_client, make_broker, protocol):
+    """Waiting would not cure it: connect() raises long before its time is up, and nothing stays behind."""
+    broker = make_broker(users={"me": "s3cret"})
+    check = LeakCheck()
+    client = make_client(broker.url, username="me", password="wr0ng", protocol=protocol)
+    started = time.monotonic()
+    with pytest.raises(ConnectRefusedError) as caught:
+        client.connect(timeout=20)
+    assert time.monotonic() - started < 5.0
+    error = caught.value
+    assert not error.retriable
+    assert error.code in (NOT_AUTHORISED, 5)
+    assert error.reason == "not authorized"
+    assert "check client_id, username, password" in str(error)
+    assert "wr0ng" not in f"{error!r} {client!r}"
+    assert client.state is ConnectionState.DISCONNECTED
+    check.assert_clean()
+
+
+def test_the_right_password_from_the_url_is_accepted(make_client, make_broker):
+    broker = make_broker(users={"me": "s3/cr@t"})
+    client = make_client(broker.url.replace("://", "://me:s3%2Fcr%40t@"))
+    client.connect()
+    assert client.connected
+    assert "s3/cr@t" not in repr(client)
+
+
+def test_a_refusal_that_time_may_cure_is_retried_until_the_time_is_up(make_client):
+    """A broker that is only just starting says "server unavailable": connect() keeps trying."""
+    busy = 0x88
+    with ScriptedBroker(refuse(busy), refuse(busy), accept_and_serve) as broker:
+        client = make_client(broker.url)
+        client.connect()
+        assert client.connected
+        client.shutdown()
+    with ScriptedBroker(refuse(busy)) as broker:
+        client = make_client(broker.url)
+        with pytest.raises(ConnectError, match="server unavailable"):
+            client.connect(timeout=0.5)
+
+
+def test_a_later_refusal_is_retried_at_the_longest_delay_with_an_error_log(make_client, caplog):
+    """The service goes on trying: an operator may mend the broker's rules any time."""
+    with ScriptedBroker(accept_and_end, refuse(BAD_PASSWORD), accept_and_serve) as broker:
+        client = make_client(broker.url, reconnect_max_delay=1.0)
+        client.connect()
+        eventually(lambda: client.stats().reconnects == 1)
+        client.shutdown()
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.name == "tars_mqtt.session"
+    assert "bad user name or password" in record.getMessage()
+    assert record.delay >= 0.5  # the early delays of an outage are drawn from 0 to 0.2 s
+    assert record.client_id == client.config.client_id
+
+
+def test_the_password_file_is_read_at_each_attempt(make_client, tmp_path):
+    """Whoever changes the password need not restart the service."""
+    file = tmp_path / "password"
+    file.write_text("old\n")
+
+    def change_the_password(connection) -> None:
+        connection.accept()
+        file.write_text("new\n")
+
+    with ScriptedBroker(change_the_password, accept_and_serve) as broker:
+        client = make_client(broker.url, username="me", password_file=file)
+        client.connect()
+        connects = [mqtt.read_connect(packet) for packet in broker.wait_for(PacketType.CONNECT, 2)]
+        client.shutdown()
+    assert [(connect.username, connect.password) for connect in connects] == [("me", b"old"), ("me", b"new")]
+
+
+def test_a_password_file_that_is_not_there_is_no_reason_to_wait(make_client, tmp_path):
+    client = make_client(
+        f"mqtt://{HOST}:{free_port()}", username="me", password_file=tmp_path / "missing"
+    )
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="password_file"):
+        client.connect(timeout=20)
+    assert time.monotonic() - started < 5.0
+
+
+def test_a_refused_subscription_is_named_and_the_client_is_connected(make_client):
+    def script(connection) -> None:
+        connection.accept()
+
+        def instead(packet) -> bool:
+            if packet.type != PacketType.SUBSCRIBE:
+                return False
+            request = mqtt.read_subscribe(packet, connection.level)
+            ((name, _),) = request.filters
+            code = NOT_AUTHORISED if name == "secret/#" else 0
+            connection.send(mqtt.suback(request.packet_id, [code], level=connection.level))
+            return True
+
+        connection.serve(instead)
+
+    with ScriptedBroker(script) as broker:
+        client = make_client(broker.url)
+        client.subscribe("secret/#", print)
+        client.subscribe("open/#", print)
+        with pytest.raises(SubscribeError, match="'secret/#'") as caught:
+            client.connect()
+        ((name, reason),) = caught.value.refused
+        assert (name, reason.lower()) == ("secret/#", "not authorized")
+        assert client.connected
+        client.shutdown()
+
+
+# -- what is said at connecting -----------------------------------------------------------------
+
+
+def test_connect_tells_the_broker_what_the_settings_say(make_client):
+    with ScriptedBroker(accept_and_serve) as broker:
+        client = make_client(
+            broker.url, "sensor-7", keepalive=17, session_expiry=90, username="me", password="s3cret"
+        )
+        client.connect()
+        connect = mqtt.read_connect(broker.wait_for(PacketType.CONNECT)[0])
+        client.shutdown()
+    assert (connect.level, connect.client_id, connect.keepalive) == (5, "sensor-7", 17)
+    assert (connect.username, connect.password) == ("me", b"s3cret")
+    assert connect.clean is False
+    assert connect.properties[mqtt.Property.SESSION_EXPIRY_INTERVAL] == [90]
+    assert connect.will is None
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_session_expiry_of_zero_is_a_clean_session(make_client, protocol):
+    with ScriptedBroker(accept_and_serve) as broker:
+        client = make_client(broker.url, session_expiry=0, protocol=protocol)
+        client.connect()
+        connect = mqtt.read_connect(broker.wait_for(PacketType.CONNECT)[0])
+        client.shutdown()
+    assert connect.clean is True
+    assert mqtt.Property.SESSION_EXPIRY_INTERVAL not in connect.properties
+
+
+def test_a_client_from_a_configuration_connects_to_the_same_broker(make_client, shared_broker, unique):
+    client = make_client(shared_broker.url, unique)
+    assert client.config == MQTTClientConfig(
+        shared_broker.url, unique, reconnect_min_delay=0.1, reconnect_max_delay=0.5
+    )
+    client.connect()

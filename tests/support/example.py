@@ -1,0 +1,201 @@
+"""The examples of a Markdown page: find them, and run them as a reader would.
+
+- The ``python`` blocks of a page are one session: what a block defines, the next ones know. ``await`` works at
+  the top level.
+- A block that calls ``run()`` or ``asyncio.run()`` is a program: it runs in a process of its own.
+- ``print(...)  # text`` says what is printed; the example fails if that line does not appear.
+- The broker at ``localhost:1883`` is the test's broker.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import gc
+import inspect
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tests.support.wait import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+DOCUMENTED_ADDRESS = "localhost:1883"
+PATIENCE = 15.0
+
+_BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ +(.*?) *$", re.MULTILINE)
+_RUNS = re.compile(r"\.run\(")
+_PRINTS = re.compile(r"print\(.*\)  # (?P<text>.+)$", re.MULTILINE)
+
+
+@attrs.frozen
+class Example:
+    """One block of a page."""
+
+    page: Path
+    line: int
+    """Of the page, where the code begins."""
+    heading: str
+    code: str
+
+    @property
+    def is_program(self) -> bool:
+        return _RUNS.search(self.code) is not None
+
+    @property
+    def prints(self) -> list[str]:
+        """The lines that it says it prints."""
+        return [match["text"] for match in _PRINTS.finditer(self.code)]
+
+    def at(self, address: str) -> Example:
+        """The same, for the broker at *address*."""
+        return attrs.evolve(self, code=self.code.replace(DOCUMENTED_ADDRESS, address))
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def examples_in(page: Path) -> list[Example]:
+    """The python blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Example(
+            page=page,
+            line=text.count("\n", 0, match.start("code")) + 1,
+            heading=_heading_before(text, match.start()),
+            code=match["code"],
+        )
+        for match in _BLOCK.finditer(text)
+    ]
+
+
+def _heading_before(text: str, position: int) -> str:
+    outside = _BLOCK.sub(lambda block: "\n" * block[0].count("\n"), text[:position])
+    headings = _HEADING.findall(outside)
+    return headings[-1] if headings else ""
+
+
+async def run_block(example: Example, namespace: dict[str, Any]) -> None:
+    """Run a block in *namespace*, on the running loop."""
+    # As if it stood in the page at its line: tracebacks lead there.
+    source = "\n" * (example.line - 1) + example.code
+    code = compile(source, str(example.page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    outcome = eval(code, namespace)
+    if inspect.isawaitable(outcome):
+        await outcome
+
+
+def run_page(examples: list[Example], namespace: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Run the examples of a page, in order; check what they print, and shut down what they left running."""
+
+    async def run() -> None:
+        try:
+            for example in examples:
+                if example.is_program:
+                    await asyncio.to_thread(run_program, example, environment)
+                    continue
+                with printed() as output:
+                    await run_block(example, namespace)
+                    await _until_printed(example, output)
+        finally:
+            await shut_down_clients()
+
+    asyncio.run(run())
+
+
+@contextlib.contextmanager
+def running(example: Example, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program: inside it serves, and has printed what it says it prints; at the end Ctrl-C is pressed.
+
+    A program that ends by itself, or is killed inside, is left at that.
+    """
+    with tempfile.TemporaryFile() as file:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", example.code],
+            env={**os.environ, **environment, "PYTHONPATH": package_directory()},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+        def output() -> str:
+            return os.pread(file.fileno(), 1_000_000, 0).decode()
+
+        def missing() -> list[str]:
+            return [text for text in example.prints if text not in output().splitlines()]
+
+        def is_up() -> bool:
+            return process.poll() is not None or (not missing() and _awaits_signals(process.pid))
+
+        try:
+            eventually(is_up, PATIENCE, lambda: f"{example} prints {missing()}:\n{output()}")
+            yield process
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.wait(PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode in (0, -signal.SIGKILL), f"{example} failed:\n{output()}"
+        assert not missing(), f"{example} ended without printing {missing()}:\n{output()}"
+
+
+def _awaits_signals(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM: before that, Ctrl-C would end it the hard way."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        time.sleep(1.0)
+        return True
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def run_program(example: Example, environment: Mapping[str, str]) -> None:
+    """Run a program until it has printed what it says, and press Ctrl-C."""
+    with running(example, environment):
+        pass
+
+
+def package_directory() -> str:
+    """Where this process has its ``tars_mqtt`` from."""
+    import tars_mqtt
+
+    return str(Path(tars_mqtt.__file__).parents[1])
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[Callable[[], list[str]]]:
+    """Catch what is printed inside, on any thread; gives a function that returns the lines so far."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield lambda: text.getvalue().splitlines()
+
+
+async def _until_printed(example: Example, output: Callable[[], list[str]]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while missing := [text for text in example.prints if text not in output()]:
+        assert time.monotonic() < deadline, f"{example} did not print {missing}, but {output()}"
+        await asyncio.sleep(0.01)
+
+
+async def shut_down_clients() -> None:
+    """Shut down every client that somebody left running."""
+    from tars_mqtt import ConnectionState, MQTTClient, aio
+
+    for thing in gc.get_objects():
+        # Not isinstance(), which asks a proxy for what it stands for.
+        if type(thing) is MQTTClient and thing.state is not ConnectionState.CLOSED:
+            await asyncio.to_thread(thing.shutdown, 2.0)
+        elif type(thing) is aio.MQTTClient and thing.state is not ConnectionState.CLOSED:
+            await thing.shutdown(2.0)
