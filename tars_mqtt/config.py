@@ -255,6 +255,11 @@ class MQTTClientConfig:
     tls_key: _Path | None = attrs.field(
         default=None, kw_only=True, metadata=_about("TLS_KEY", _path, "PEM file of our certificate's key")
     )
+    tls_key_password_file: _Path | None = attrs.field(
+        default=None,
+        kw_only=True,
+        metadata=_about("TLS_KEY_PASSWORD_FILE", _path, "A file with the password of tls_key"),
+    )
     tls_insecure: bool = _flag("TLS_INSECURE", "Trust any certificate, an impostor's too")
 
     def __attrs_post_init__(self) -> None:
@@ -350,7 +355,7 @@ def _conflicts(config: MQTTClientConfig, found: Mapping[str, str]) -> Iterator[t
 
 def _url_conflicts(config: MQTTClientConfig) -> Iterator[tuple[str, str]]:
     if not any(url.tls for url in config.urls):
-        for name in ("tls_ca", "tls_cert", "tls_key", "tls_insecure"):
+        for name in ("tls_ca", "tls_cert", "tls_key", "tls_key_password_file", "tls_insecure"):
             if getattr(config, name) not in (None, False):
                 yield name, "is for TLS: write mqtts:// or wss:// in mqtt_url, or remove it"
     if config.username is None and config.protocol != "5":  # [MQTT-3.1.2-22] of 3.1.1

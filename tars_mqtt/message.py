@@ -110,7 +110,7 @@ class PublishReceipt:
         self._callbacks: list[Callable[[PublishReceipt], None]] | None = None
 
     @classmethod
-    def settled(cls, envelope_id: str | None, topic: str, qos: int) -> Self:
+    def _settled(cls, envelope_id: str | None, topic: str, qos: int) -> Self:
         """A receipt whose message is on its way and needs no acknowledgement."""
         receipt = cls(envelope_id, topic, qos)
         receipt._state = _DONE

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.tls import TLSFailedError, explain, secure
 from tars_mqtt._core.transport import (
     Connack,
     ConnectionLostError,
@@ -17,6 +18,7 @@ from tars_mqtt._core.transport import (
     Event,
     Goodbye,
     Interrupted,
+    TLSAlertError,
     Transport,
     Will,
 )
@@ -108,6 +110,8 @@ class Connector:
                     "%s with MQTT 5; trying MQTT 3.1.1", error, extra={"client_id": self._config.client_id}
                 )
             except ConnectionLostError as error:
+                if self._spoken.get(url) == MQTT_5:
+                    del self._spoken[url]  # another broker may be there by now
                 raise ConnectError(f"no connection to {url}: {error}") from None
             else:
                 self._spoken[url] = version
@@ -138,6 +142,7 @@ class Connector:
             packet_limit=_PACKET_LIMIT,
             will=self._will(),
             deadline=deadline,
+            secure=(lambda sock: secure(sock, url, config, deadline, interrupted)) if url.tls else None,
         )
         self._transport.open(request, interrupted)
         now = time.monotonic()
@@ -145,6 +150,8 @@ class Connector:
         answer_by = deadline if last else now + (deadline - now) / 2
         try:
             connack, events = self._await_connack(answer_by, interrupted)
+        except TLSAlertError as error:
+            raise TLSFailedError(f"no trusted connection to {url}: {explain(error.error, url, config)}") from error
         except (ConnectionLostError, wire.MalformedPacketError) as error:
             if config.protocol == "auto" and url not in self._spoken:
                 raise VersionRefusedError(str(error)) from None

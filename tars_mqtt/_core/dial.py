@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tars_mqtt.errors import ConfigError, ConnectError
+from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
 _PATIENCE = 0.05
@@ -33,13 +33,9 @@ def dial(url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> so
         interrupted: Asked often; True ends the attempt.
 
     Raises:
-        ConfigError: The scheme is not spoken yet.
         ConnectError: Nobody answered; says who was asked and why not.
         Interrupted: The attempt was called off.
     """
-    if url.tls or url.transport == "websockets":
-        # Rather than saying the password in the clear to a port that expects TLS.
-        raise ConfigError([f"mqtt_url: {url.scheme} is not supported yet, use mqtt or mqtt+unix"])
     candidates = [(int(socket.AF_UNIX), url.path)] if url.transport == "unix" else _resolve(url)
     failures: list[str] = []
     for number, (family, address) in enumerate(candidates):

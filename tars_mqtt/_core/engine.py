@@ -271,7 +271,7 @@ class Engine:
         if self._forked:
             self.check()
         if qos == 0:
-            receipt = PublishReceipt.settled(envelope_id, topic, 0)
+            receipt = PublishReceipt._settled(envelope_id, topic, 0)
         elif qos == 1 or qos == 2:
             receipt = PublishReceipt(envelope_id, topic, qos)
         else:

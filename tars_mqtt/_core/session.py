@@ -19,6 +19,7 @@ from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.state import ConnectionState, StateCell
 from tars_mqtt._core.subscriber import Subscriber
+from tars_mqtt._core.tls import TLSFailedError
 from tars_mqtt._core.transport import (
     LAST_PAHO_PACKET_ID,
     Connack,
@@ -192,7 +193,7 @@ class Session:
             connection = self._connector.connect(self._interrupted)
         except ConnectRefusedError as error:
             return self._failed(error, curable=error.retriable)
-        except ConfigError as error:
+        except (ConfigError, TLSFailedError) as error:
             return self._failed(error, curable=False)
         except ConnectError as error:
             return self._failed(error)

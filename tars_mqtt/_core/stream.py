@@ -28,6 +28,14 @@ class SilenceError(ConnectionLostError):
     """The peer gave no sign of life; nobody closed anything."""
 
 
+class TLSAlertError(ConnectionLostError):
+    """The peer ended the connection by an alert. A broker that refuses our certificate says so only now."""
+
+    def __init__(self, error: ssl.SSLError) -> None:
+        super().__init__(f"the broker ended the TLS connection: {reason_of(error)}")
+        self.error = error
+
+
 class Stream:
     """Buffers a non-blocking socket, so that packets cost no system call each.
 
@@ -67,6 +75,8 @@ class Stream:
             data = self._socket.recv(_RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return []
+        except ssl.SSLError as error:
+            raise TLSAlertError(error) from error
         except OSError as error:
             raise ConnectionLostError(f"reading failed: {reason_of(error)}") from error
         if not data:
@@ -116,6 +126,8 @@ class Stream:
                 return False
             except OSError as error:
                 raise ConnectionLostError(f"writing failed: {reason_of(error)}") from error
+            if not sent:
+                return False  # a websocket wants the same bytes again
             self._unsent = self._unsent[sent:]
             self.outgoing_bytes -= sent
             self.bytes_out += sent

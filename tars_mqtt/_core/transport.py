@@ -26,7 +26,13 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dial import Interrupted, dial
-from tars_mqtt._core.stream import ConnectionLostError, HungUpError, SilenceError, Stream
+from tars_mqtt._core.stream import (
+    ConnectionLostError,
+    HungUpError,
+    SilenceError,
+    Stream,
+    TLSAlertError,
+)
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
@@ -41,6 +47,7 @@ __all__ = [
     "Packets",
     "SilenceError",
     "Suback",
+    "TLSAlertError",
     "Transport",
     "Unsuback",
     "Will",
@@ -82,6 +89,8 @@ class ConnectRequest:
     packet_limit: int
     will: Will | None
     deadline: float
+    secure: Callable[[socket.socket], socket.socket] | None = None
+    """Does the TLS handshake on a connected socket; None where there is none to do."""
 
 
 @attrs.frozen(kw_only=True)
@@ -269,6 +278,10 @@ class Transport:
             Interrupted: The attempt was called off.
         """
         sock = dial(request.url, request.deadline, interrupted)
+        if request.secure is not None:
+            sock = request.secure(sock)
+        if request.url.transport == "websockets":
+            sock = _websocket(sock, request.url, request.deadline)
         self._stream = Stream(sock, request.packet_limit, request.version == mqtt.MQTTv5)
         self._port = _ControlPort(self._stream)
         self._interest = 0
@@ -312,13 +325,23 @@ class Transport:
             raise ConnectionLostError("there is no connection")
         if self.client.want_write():
             self.client.loop_write()
-        flushed = stream.flush()
+        try:
+            flushed = stream.flush()
+        except ConnectionLostError:
+            # What the broker said last, an alert or a DISCONNECT, tells more than that writing failed.
+            self._read(stream)
+            if not self._events:
+                raise
+            return self._take_events()
         self._watch(
             stream, (0 if self._paused else selectors.EVENT_READ) | (0 if flushed else selectors.EVENT_WRITE)
         )
         unread = not self._paused and stream.has_more()
         if self._select(0.0 if unread or (more and flushed) else timeout) or unread:
             self._read(stream)
+        return self._take_events()
+
+    def _take_events(self) -> list[Event]:
         events = list(self._events)
         self._events.clear()
         return events
@@ -478,6 +501,10 @@ class Transport:
             self._events.append(
                 Connack(code=1, reason="unsupported protocol version", session_present=False)
             )
+        elif first == 0x20 and len(self._events) == known and len(body) > 2 and body[1] >= 0x80:
+            # Nor a refusal for a reason that it does not expect here.
+            reason = wire.reason_name(wire.CONNACK, body[1]).lower()
+            self._events.append(Connack(code=body[1], reason=reason, session_present=False))
         elif code != mqtt.MQTT_ERR_SUCCESS and len(self._events) == known:
             raise ConnectionLostError(f"the broker sent a malformed packet (type {first >> 4})")
 
@@ -528,3 +555,20 @@ class Transport:
         if flags.is_disconnect_packet_from_server:
             self._events.append(Goodbye(reason.value, str(reason).lower()))
 
+
+def _websocket(sock: socket.socket, url: BrokerURL, deadline: float) -> Any:
+    """Do the websocket handshake, and return what looks like a socket inside the frames.
+
+    Raises:
+        ConnectError: The peer does not answer as a websocket of MQTT does.
+    """
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    try:
+        inside = mqtt._WebsocketWrapper(sock, url.host, url.port, url.tls, url.path, None)
+    except (OSError, IndexError, UnicodeDecodeError) as error:
+        sock.close()
+        raise ConnectError(
+            f"no websocket at {url}: {str(error) or 'no answer'}; check host, port and path of mqtt_url"
+        ) from error
+    inside.setblocking(False)
+    return inside
