@@ -37,6 +37,8 @@ class Health:
         self._heartbeat_topic = f"system/keepalive/{config.source_name}"
         self._warned = False
         self._state: HealthPayload | None = None
+        self._own: PublishReceipt | None = None
+        """Of the last state that the service gave itself."""
         # Owned by the network thread:
         self._next_heartbeat = float("inf")
         self._repeat_at = float("inf")
@@ -54,7 +56,10 @@ class Health:
         """Publish that the service is up."""
         now = time.monotonic()
         if self._config.enable_health:
+            own = self._state if self._own is not None and not self._own.done() else None
             self._publish(HealthPayload(ok=True, event="ready" if first else "reconnected"))
+            if own is not None:
+                self._state = own  # it waits in the queue, and so has the last word
             # By then the broker has given up any older connection of ours, whose will says we are dead.
             self._repeat_at = float("inf") if first else now + 1.5 * self._config.keepalive
         if self._config.enable_heartbeat:
@@ -98,7 +103,8 @@ class Health:
                     extra={"client_id": self._config.client_id},
                 )
             return None
-        return self._publish(HealthPayload(ok=ok, event=event, error=error), timeout=timeout)
+        self._own = self._publish(HealthPayload(ok=ok, event=event, error=error), timeout=timeout)
+        return self._own
 
     def goodbye(self, event: str) -> PublishReceipt | None:
         """Publish that the service leaves on purpose."""
@@ -110,11 +116,11 @@ class Health:
 
     def _publish(self, state: HealthPayload, timeout: float | None = None) -> PublishReceipt:
         """Queue a state; without a timeout ahead of everything else, room or not."""
-        self._state = state
         envelope_id, payload = self._encode(HEALTH_TYPE, state.to_data())
         receipt = PublishReceipt(envelope_id, self._health_topic, 1)
         message = Outgoing(self._health_topic.encode(), payload, 1, True, receipt)
         self._send(message, timeout is None, timeout or 0.0)
+        self._state = state
         return receipt
 
     def _encode(self, event_type: str, data: dict[str, object]) -> tuple[str, bytes]:

@@ -42,7 +42,7 @@ class Handling(Protocol):
 
 @attrs.define(eq=False)
 class Consumer:
-    """One subscription as its dispatcher sees it. The last four: guarded by its lock."""
+    """One subscription as its dispatcher sees it. The last five: guarded by its lock."""
 
     lane: Lane
     limit: int
@@ -52,6 +52,8 @@ class Consumer:
     arrived: Callable[[], None] | None = None
     """Called when there is something to take, or nothing will come any more; for an iterator on a loop."""
     burst: int = 1
+    offered: int = 0
+    """Of the tokens, those that wait for a worker."""
     tokens: int = 0
     """Bursts in work or waiting for a worker: never more than *limit*."""
     closed: bool = False
@@ -125,8 +127,9 @@ class Dispatcher:
                 self._pending += len(deliveries)
                 if self._pending > self._max_pending:
                     excess += self._shed(consumer)
-                while consumer.tokens < consumer.limit and consumer.tokens < len(consumer.lane):
+                while consumer.tokens < consumer.limit and consumer.offered < len(consumer.lane):
                     consumer.tokens += 1
+                    consumer.offered += 1
                     starts.append(consumer)
                 if not consumer.limit:
                     self._changed.notify_all()
@@ -219,6 +222,7 @@ class Dispatcher:
 
     def _take(self, consumer: Consumer) -> list[Delivery]:
         with self._lock:
+            consumer.offered -= 1
             alone = consumer.limit > 1 or consumer.recovery.timeout is not None
             return consumer.lane.take(1 if alone else consumer.burst)
 
@@ -235,6 +239,7 @@ class Dispatcher:
                     consumer.burst = min(_LONGEST_BURST, consumer.burst * 2)
             self._changed.notify_all()
             if len(consumer.lane) and not consumer.closed:
+                consumer.offered += 1
                 return True
             if consumer.limit:
                 consumer.tokens -= 1

@@ -12,6 +12,9 @@ from tars_mqtt._core.dial import reason_of
 _RECEIVE_BYTES = 65_536
 """Below the size at which malloc maps fresh pages for every read."""
 
+_SMALL_BYTES = 1024
+"""A read shorter than this is a few packets at rest, not a stream under way."""
+
 _SEND_BYTES = 262_144
 """Packets are joined into one ``send`` up to about this size."""
 
@@ -47,6 +50,7 @@ class Stream:
         self._packet_limit = packet_limit
         self._v5 = v5
         self._broken = False
+        self._acknowledge_quickly = _is_tcp(sock) and hasattr(socket, "TCP_QUICKACK")
         self._pieces: list[bytes] = []
         self._piece_bytes = 0
         self._needed = 0
@@ -82,6 +86,11 @@ class Stream:
         if not data:
             raise HungUpError("the broker closed the connection")
         self.bytes_in += len(data)
+        if self._acknowledge_quickly and len(data) < _SMALL_BYTES:
+            # mosquitto leaves Nagle's algorithm on: what it writes behind a small packet, a PUBACK behind a
+            # PUBLISH for instance, would wait for our delayed acknowledgement, 40 ms. Linux forgets the
+            # option now and then, so it is set anew.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if self._pieces:
             # A packet of many reads is joined once, when it is complete, not at every read.
             self._pieces.append(data)
@@ -152,3 +161,7 @@ class Stream:
     def close(self) -> None:
         """Close the socket. Idempotent."""
         self._socket.close()
+
+
+def _is_tcp(sock: socket.socket) -> bool:
+    return getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)

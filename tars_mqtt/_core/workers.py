@@ -77,7 +77,7 @@ class WorkerPool(Dispatcher):
             self._busy = 0
             self.stopping = False
             for consumer in self._consumers:
-                consumer.tokens = 0
+                consumer.tokens = consumer.offered = 0
 
     def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
         with self._lock:

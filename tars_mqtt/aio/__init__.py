@@ -19,6 +19,7 @@ from tars_mqtt import (
     MessageDeduplicator,
     MQTTClientConfig,
     NotConnectedError,
+    OutboxError,
     PublishError,
     PublishRejectedError,
     QueueFullError,
@@ -49,6 +50,7 @@ __all__ = [
     "MessageDeduplicator",
     "MessageIterator",
     "NotConnectedError",
+    "OutboxError",
     "PublishError",
     "PublishReceipt",
     "PublishRejectedError",
@@ -58,5 +60,14 @@ __all__ = [
     "Subscription",
     "TarsMQTTError",
     "TopicError",
+    "__version__",
     "current_message",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from tars_mqtt import __version__
+
+        return __version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,9 +24,9 @@ from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import ConnectionState
-from tars_mqtt._core.stats import Stats
+from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
-from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
+from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher, handler_task
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import AckTimeoutError, QueueFullError, SubscribeError
 from tars_mqtt.message import Message
@@ -143,15 +143,22 @@ class MQTTClient:
 
     def _start_up(self, config: MQTTClientConfig) -> None:
         self._bridge = Bridge()
-        self._engine = Engine(
-            config,
-            lambda config, counters, acknowledge, stuck: LoopDispatcher(
-                self._bridge, config.workers, config.max_pending, counters, acknowledge, config.client_id, stuck
-            ),
-        )
+        self._engine = Engine(config, self._make_dispatcher)
         self._executor: ThreadPoolExecutor | None = None
         self._stop: asyncio.Event | None = None
         self._paho = PahoFace(self)
+
+    def _make_dispatcher(
+        self,
+        config: MQTTClientConfig,
+        counters: Counters,
+        acknowledge: Callable[[], None],
+        stuck: Callable[[str | None], None],
+    ) -> LoopDispatcher:
+        self._dispatcher = LoopDispatcher(
+            self._bridge, config.workers, config.max_pending, counters, acknowledge, config.client_id, stuck
+        )
+        return self._dispatcher
 
     def __repr__(self) -> str:
         return f"<aio.MQTTClient {self.config.client_id!r} at {self.config.urls[0]}, {self.state.value}>"
@@ -196,8 +203,10 @@ class MQTTClient:
     async def disconnect(self) -> None:
         """Leave the broker; `connect` may follow."""
         self._on_loop()
-        await _to_the_end(self._blocking(self._engine.disconnect))
-        self._release_executor()
+        try:
+            await _to_the_end(self._blocking(self._engine.disconnect))
+        finally:
+            self._release_executor()
 
     async def shutdown(self, timeout: Timeout = DEFAULT) -> None:
         """Finish the handlers, flush QoS 1 and 2, say goodbye, join every thread.
@@ -209,10 +218,13 @@ class MQTTClient:
         if self._stop is not None:
             self._stop.set()
         limit = seconds(timeout, self.config.shutdown_timeout)
-        await _to_the_end(
-            self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, in_work.get())
-        )
-        self._release_executor()
+        self._dispatcher.spared = handler_task.get()
+        try:
+            await _to_the_end(
+                self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, in_work.get())
+            )
+        finally:
+            self._release_executor()
 
     def _release_executor(self) -> None:
         executor, self._executor = self._executor, None

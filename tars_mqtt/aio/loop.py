@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections import deque
@@ -18,6 +19,12 @@ from tars_mqtt.context import current_message
 
 _MOST_CALLS = 256
 """Calls run in one turn of the loop; the others wait for the next, so that nobody else waits long."""
+
+
+handler_task: contextvars.ContextVar[asyncio.Task[None] | None] = contextvars.ContextVar(
+    "handler_task", default=None
+)
+"""The task of the handler that is running, here or in what it awaits."""
 
 
 class Bridge:
@@ -100,6 +107,8 @@ class LoopDispatcher(WorkerPool):
     def __init__(self, bridge: Bridge, *args: Any) -> None:
         super().__init__(*args)
         self._bridge = bridge
+        self.spared: asyncio.Task[None] | None = None
+        """The handler that asked for the shutdown, and waits for it: not to be cancelled by it."""
         # Owned by the loop's thread:
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -118,6 +127,7 @@ class LoopDispatcher(WorkerPool):
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, consumer: Consumer, batch: list[Delivery] | None) -> None:
+        handler_task.set(asyncio.current_task())
         while True:
             if not await self._handle_on_loop(consumer, self._take(consumer) if batch is None else batch):
                 return
@@ -163,18 +173,16 @@ class LoopDispatcher(WorkerPool):
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
         stuck = super().stop(timeout)
-        while self._tasks and (left := deadline - time.monotonic()) > 0:
+        while self._tasks - {self.spared} and (left := deadline - time.monotonic()) > 0:
             # A task may swallow one cancellation, or two: ask until it ends.
             looked = threading.Event()
             self._bridge.post(lambda looked=looked: self._cancel(looked))  # type: ignore[misc]
             looked.wait(min(left, 0.05))
-            if self._tasks:
+            if self._tasks - {self.spared}:
                 time.sleep(min(left, 0.01))
-        return stuck + [task.get_name() for task in tuple(self._tasks)]
+        return stuck + [task.get_name() for task in self._tasks - {self.spared}]
 
     def _cancel(self, looked: threading.Event) -> None:
-        own = asyncio.current_task()
-        for task in self._tasks:
-            if task is not own:
-                task.cancel()
+        for task in self._tasks - {self.spared}:
+            task.cancel()
         looked.set()

@@ -1,0 +1,541 @@
+"""What only the asyncio client promises: a loop that is never blocked, cancellation, loops and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from concurrent.futures import CancelledError as FutureCancelledError
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tars_mqtt.aio import (
+    AckTimeoutError,
+    ConnectError,
+    ConnectionState,
+    Envelope,
+    Message,
+    MQTTClient,
+    QueueFullError,
+)
+from tests.support.wait import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.support import Broker, FaultProxy
+
+
+QUICK = {"reconnect_min_delay": 0.1, "reconnect_max_delay": 0.5, "shutdown_timeout": 2.0}
+
+
+async def until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
+    """Like ``eventually``, without blocking the loop."""
+    async with asyncio.timeout(timeout):
+        while not predicate():
+            await asyncio.sleep(0.01)
+
+
+class Ticker:
+    """Measures the longest time for which the loop ran nobody else."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    async def __aenter__(self) -> Ticker:
+        self._task = asyncio.create_task(self._tick())
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _tick(self) -> None:
+        while True:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            await asyncio.sleep(0.005)
+            # A machine that runs somebody else in between says nothing about us; the time this
+            # thread worked, or waited in a call, does.
+            gap = time.perf_counter() - wall
+            self.longest = max(self.longest, gap if gap < 0.05 else max(time.thread_time() - cpu, gap - 0.25))
+
+
+# -- the loop is never blocked ------------------------------------------------------------------
+
+
+async def test_the_loop_goes_on_while_the_broker_is_frozen(broker: Broker) -> None:
+    """Connected, publishing, subscribing, timing out and shutting down: nothing of it blocks."""
+    client = MQTTClient(broker.url, "ticker", enable_health=True, **QUICK)
+    async with Ticker() as ticker:
+        await client.connect()
+        broker.freeze()
+        try:
+            for number in range(200):
+                client.submit_event("a", "n", number, qos=1)
+            with pytest.raises(AckTimeoutError):
+                await client.publish_event("a", "n", 1, qos=1, timeout=0.3)
+            with contextlib.suppress(Exception):
+                await client.subscribe("b", lambda payload: None, timeout=0.3)
+            await client.shutdown()
+        finally:
+            broker.thaw()
+    assert ticker.longest < 0.05
+    assert client.state is ConnectionState.CLOSED
+
+
+async def test_the_loop_goes_on_while_nobody_answers(broker: Broker) -> None:
+    """The kernel of a frozen broker takes the connection; connecting times out, and blocks nobody."""
+    broker.freeze()
+    try:
+        async with Ticker() as ticker:
+            client = MQTTClient(broker.url, "ticker", **QUICK)
+            with pytest.raises(ConnectError):
+                await client.connect(timeout=0.6)
+        assert ticker.longest < 0.05
+    finally:
+        broker.thaw()
+
+
+async def test_the_loop_goes_on_while_ten_thousand_messages_come_and_go(broker: Broker) -> None:
+    """Handlers that never wait share the loop all the same, and so do ten thousand acknowledgements."""
+    handled = 0
+
+    async def handler(payload: bytes) -> None:
+        nonlocal handled
+        handled += 1
+
+    async with MQTTClient(broker.url, "ticker", **QUICK) as client:
+        await client.subscribe("a", handler, qos=1)
+        async with Ticker() as ticker:
+            receipts = []
+            for number in range(10_000):
+                receipts.append(client.submit_event("a", "n", number, qos=1))
+                if number % 100 == 99:
+                    await asyncio.sleep(0)
+            for receipt in receipts:
+                await receipt
+            await until(lambda: handled == 10_000, 30)
+    assert ticker.longest < 0.05
+
+
+async def test_the_loop_goes_on_behind_a_slow_link(proxy: FaultProxy) -> None:
+    """A link that takes bytes slowly fills our buffers, not the loop's time."""
+    proxy.bandwidth(200_000)
+    async with MQTTClient(proxy.url, "ticker", **QUICK) as client, Ticker() as ticker:
+        for _ in range(4):
+            await client.publish("a", b"x" * 100_000, qos=1)
+    assert ticker.longest < 0.05
+
+
+async def test_the_loops_default_executor_may_be_full(broker: Broker) -> None:
+    """What blocks runs on threads of our own."""
+    loop = asyncio.get_running_loop()
+    release = threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    busy = loop.run_in_executor(None, release.wait)
+    try:
+        async with asyncio.timeout(8):
+            async with MQTTClient(broker.url, "busy", **QUICK) as client:
+                await client.publish_event("a", "n", 1, qos=1)
+    finally:
+        release.set()
+        await busy
+
+
+# -- handlers -----------------------------------------------------------------------------------
+
+
+async def test_a_handler_may_await_everything_on_its_own_client(broker: Broker) -> None:
+    """Publishing, subscribing, unsubscribing and shutting down, inside a handler."""
+    done = asyncio.Event()
+    client = MQTTClient(broker.url, "inside", **QUICK)
+
+    async def second(envelope: Envelope) -> None:
+        await subscription.unsubscribe()
+        await client.shutdown()
+        done.set()
+
+    async def first(envelope: Envelope) -> None:
+        await client.subscribe("answers", second, qos=1)
+        await client.publish_event("answers", "n", envelope.data, qos=1)
+
+    subscription = await client.subscribe("questions", first, qos=1)
+    await client.connect()
+    await client.publish_event("questions", "n", 1, qos=1)
+    async with asyncio.timeout(8):
+        await done.wait()
+    await until(lambda: client.state is ConnectionState.CLOSED)
+
+
+async def test_coroutines_run_on_the_loop_and_functions_on_threads(broker: Broker) -> None:
+    threads: dict[str, threading.Thread] = {}
+
+    async def coroutine(payload: bytes) -> None:
+        threads["coroutine"] = threading.current_thread()
+
+    def function(payload: bytes) -> None:
+        threads["function"] = threading.current_thread()
+
+    async with MQTTClient(broker.url, "threads", **QUICK) as client:
+        await client.subscribe("a", coroutine)
+        await client.subscribe("a", function)
+        await client.publish("a", b"")
+        await until(lambda: len(threads) == 2)
+    assert threads["coroutine"] is threading.current_thread()
+    assert threads["function"].name.startswith("tars-mqtt/threads/worker")
+
+
+async def test_one_subscription_keeps_order_while_others_go_on(broker: Broker) -> None:
+    """A handler that waits holds its own lane only."""
+    order: list[bytes] = []
+    others: list[bytes] = []
+    gate = asyncio.Event()
+
+    async def slow(payload: bytes) -> None:
+        await gate.wait()
+        order.append(payload)
+
+    async def quick(payload: bytes) -> None:
+        others.append(payload)
+
+    async with MQTTClient(broker.url, "lanes", **QUICK) as client:
+        await client.subscribe("slow", slow, qos=1)
+        await client.subscribe("quick", quick, qos=1)
+        for number in range(5):
+            await client.publish("slow", str(number), qos=1)
+            await client.publish("quick", str(number), qos=1)
+        await until(lambda: len(others) == 5)
+        assert order == []
+        gate.set()
+        await until(lambda: len(order) == 5)
+    assert order == [b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_concurrency_and_order_by_hold_for_tasks(broker: Broker) -> None:
+    """As many tasks at once as allowed, and one at a time for each key."""
+    running: list[str] = []
+    most = 0
+    per_topic: dict[str, list[bytes]] = {"k/1": [], "k/2": [], "k/3": []}
+
+    async def handler(message: Message) -> None:
+        nonlocal most
+        assert message.topic not in running
+        running.append(message.topic)
+        most = max(most, len(running))
+        await asyncio.sleep(0.02)
+        running.remove(message.topic)
+        per_topic[message.topic].append(message.payload)
+
+    async with MQTTClient(broker.url, "keys", **QUICK) as client:
+        await client.subscribe("k/+", handler, qos=1, order_by="topic", concurrency=2)
+        for number in range(5):
+            for topic in per_topic:
+                await client.publish(topic, str(number), qos=1)
+        await until(lambda: all(len(seen) == 5 for seen in per_topic.values()))
+    assert most == 2
+    assert all(seen == [b"0", b"1", b"2", b"3", b"4"] for seen in per_topic.values())
+
+
+async def test_a_handler_that_swallows_cancellation_is_cancelled_until_it_ends(broker: Broker) -> None:
+    """Shutdown does not rely on a single ``cancel``."""
+    swallowed = 0
+
+    async def stubborn(payload: bytes) -> None:
+        nonlocal swallowed
+        while swallowed < 3:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                swallowed += 1
+
+    client = MQTTClient(broker.url, "stubborn", **QUICK)
+    await client.subscribe("a", stubborn)
+    await client.connect()
+    await client.publish("a", b"")
+    await until(lambda: client.stats().pending == 1)
+    await client.shutdown(timeout=1.5)
+    assert swallowed == 3
+    assert not [task for task in asyncio.all_tasks() if "tars-mqtt" in task.get_name()]
+
+
+# -- cancellation and time-outs -----------------------------------------------------------------
+
+
+async def test_cancelling_a_publish_stops_the_wait_and_not_the_send(broker: Broker) -> None:
+    received: list[bytes] = []
+
+    async def handler(payload: bytes) -> None:
+        received.append(payload)
+
+    async with MQTTClient(broker.url, "cancel", **QUICK) as client:
+        await client.subscribe("a", handler, qos=1)
+        broker.freeze()
+        publish = asyncio.create_task(client.publish("a", b"on its way", qos=1))
+        await until(lambda: client.stats().inflight == 1)
+        publish.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await publish
+        broker.thaw()
+        await until(lambda: received == [b"on its way"])
+
+
+async def test_cancelling_connect_leaves_nothing_behind(broker: Broker) -> None:
+    broker.freeze()
+    try:
+        client = MQTTClient(broker.url, "cancel", **QUICK)
+        connect = asyncio.create_task(client.connect())
+        await until(lambda: any("cancel/network" in thread.name for thread in threading.enumerate()))
+        connect.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connect
+        await until(lambda: not any("tars-mqtt/cancel" in thread.name for thread in threading.enumerate()))
+    finally:
+        broker.thaw()
+
+
+async def test_cancelling_the_body_of_async_with_shuts_down(broker: Broker) -> None:
+    inside = asyncio.Event()
+    clients = []
+
+    async def service() -> None:
+        async with MQTTClient(broker.url, "body", **QUICK) as client:
+            clients.append(client)
+            inside.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(service())
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert clients[0].state is ConnectionState.CLOSED
+
+
+async def test_shutdown_survives_being_cancelled(broker: Broker) -> None:
+    """The work is done first, then the cancellation is delivered."""
+    release = asyncio.Event()
+
+    async def handler(payload: bytes) -> None:
+        await release.wait()
+
+    client = MQTTClient(broker.url, "survivor", **QUICK)
+    await client.subscribe("a", handler)
+    await client.connect()
+    await client.publish("a", b"")
+    await until(lambda: client.stats().pending == 1)
+    shutdown = asyncio.create_task(client.shutdown())
+    await until(lambda: client.state is ConnectionState.CLOSING)
+    shutdown.cancel()
+    await asyncio.sleep(0)
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await shutdown
+    assert client.state is ConnectionState.CLOSED
+    assert client.stats().handled == 1
+
+
+async def test_asyncio_timeout_works_around_every_call(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "timeouts", **QUICK)
+    await client.connect()
+    broker.freeze()
+    try:
+        calls = (
+            lambda: client.publish("a", b"", qos=1),
+            lambda: client.publish_event("a", "n", 1, qos=1),
+            lambda: client.subscribe("b", lambda payload: None),
+            lambda: client.wait_connected() if not client.connected else asyncio.sleep(5),
+            lambda: client.messages("c").next(None),
+            lambda: client.submit_event("a", "n", 1, qos=2).result(),
+        )
+        for call in calls:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await call()
+    finally:
+        broker.thaw()
+    await client.shutdown()
+
+
+# -- acknowledgements and backpressure ------------------------------------------------------------
+
+
+async def test_five_hundred_publishes_at_once(broker: Broker) -> None:
+    received: set[bytes] = set()
+
+    async def handler(payload: bytes) -> None:
+        received.add(payload)
+
+    async with MQTTClient(broker.url, "gather", **QUICK) as client:
+        await client.subscribe("a", handler, qos=1)
+        ids = await asyncio.gather(*(client.publish_event("a", "n", n, qos=1) for n in range(500)))
+        assert len(set(ids)) == 500
+        await until(lambda: len(received) == 500)
+
+
+async def test_a_full_queue_is_awaited_by_publish_and_an_error_for_submit(broker: Broker) -> None:
+    """Backpressure is awaited, never blocked on; ``submit_event`` has nothing to await."""
+    async with MQTTClient(broker.url, "full", max_queued=5, **QUICK) as client:
+        broker.freeze()
+        for number in range(5):
+            client.submit_event("a", "n", number, qos=1)
+        with pytest.raises(QueueFullError):
+            client.submit_event("a", "n", 5, qos=1)
+        with pytest.raises(QueueFullError):
+            await client.publish_event("a", "n", 5, qos=1, timeout=0.2)
+        waiting = [asyncio.create_task(client.publish_event("a", "n", n, qos=1)) for n in range(20)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in waiting)
+        broker.thaw()
+        await asyncio.gather(*waiting)
+
+
+async def test_a_receipt_can_be_awaited_and_asked_and_taken_back(broker: Broker) -> None:
+    async with MQTTClient(broker.url, "receipts", max_inflight=1, **QUICK) as client:
+        receipt = client.submit_event("a", "n", 1, qos=1)
+        assert await receipt == receipt.envelope_id
+        assert receipt.done()
+        assert await receipt.exception() is None
+        broker.freeze()
+        try:
+            first = client.submit_event("a", "n", 1, qos=1)
+            await until(lambda: client.stats().inflight == 1)
+            unsent = client.submit_event("a", "n", 2, qos=1)
+            with pytest.raises(AckTimeoutError) as caught:
+                await first.result(0.1)
+            assert caught.value.receipt is first
+            assert unsent.cancel()
+            assert not first.cancel()
+            with pytest.raises(FutureCancelledError):
+                await unsent
+        finally:
+            broker.thaw()
+        assert await first == first.envelope_id
+
+
+# -- loops and threads ----------------------------------------------------------------------------
+
+
+async def test_several_clients_on_one_loop(broker: Broker) -> None:
+    heard: dict[int, list[bytes]] = {number: [] for number in range(5)}
+    async with contextlib.AsyncExitStack() as stack:
+        for number in range(5):
+
+            async def handler(payload: bytes, number: int = number) -> None:
+                heard[number].append(payload)
+
+            client = await stack.enter_async_context(MQTTClient(broker.url, f"many-{number}", **QUICK))
+            await client.subscribe("a", handler, qos=1)
+        await client.publish("a", b"to all", qos=1)
+        await until(lambda: all(payloads == [b"to all"] for payloads in heard.values()))
+
+
+def test_clients_in_several_loops_and_threads(broker: Broker) -> None:
+    results: list[int] = []
+
+    async def service(number: int) -> None:
+        got = asyncio.Event()
+
+        async def handler(payload: bytes) -> None:
+            got.set()
+
+        async with MQTTClient(broker.url, f"loop-{number}", **QUICK) as client:
+            await client.subscribe(f"loops/{number}", handler, qos=1)
+            await client.publish_event(f"loops/{number}", "n", number, qos=1)
+            await asyncio.wait_for(got.wait(), 8)
+            results.append(number)
+
+    threads = [threading.Thread(target=asyncio.run, args=(service(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(results) == [0, 1, 2, 3]
+
+
+async def test_a_client_used_from_another_loop_says_so(broker: Broker) -> None:
+    async with MQTTClient(broker.url, "mine", **QUICK) as client:
+
+        def elsewhere() -> None:
+            with pytest.raises(RuntimeError, match="another event loop"):
+                asyncio.run(client.publish_event("a", "n", 1))
+
+        await asyncio.to_thread(elsewhere)
+
+
+def test_a_client_may_move_to_another_loop_once_it_is_shut_down(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "mover", **QUICK)
+
+    async def use() -> str:
+        async with client:
+            return await client.publish_event("a", "n", 1, qos=1)
+
+    assert asyncio.run(use()) != asyncio.run(use())
+
+
+def test_a_loop_that_is_closed_without_shutdown_does_not_hurt_the_engine(broker: Broker) -> None:
+    """The service forgot to shut down; the network thread goes on, and a new loop can end it."""
+    client = MQTTClient(broker.url, "orphan", **QUICK)
+
+    async def forget() -> None:
+        async def handler(payload: bytes) -> None:
+            pass
+
+        await client.subscribe("a", handler)
+        await client.connect()
+        client.submit_event("a", "n", 1, qos=1)
+
+    asyncio.run(forget())
+    eventually(lambda: client.stats().acknowledged == 1)
+    asyncio.run(client.shutdown(timeout=1))
+    assert client.state is ConnectionState.CLOSED
+
+
+def test_it_runs_on_uvloop(broker: Broker) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    received: list[bytes] = []
+
+    async def main() -> None:
+        async def handler(payload: bytes) -> None:
+            received.append(payload)
+
+        async with MQTTClient(broker.url, "uv", **QUICK) as client:
+            await client.subscribe("a", handler, qos=1)
+            await client.publish("a", b"fast", qos=1)
+            await until(lambda: received == [b"fast"])
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+# -- messages -------------------------------------------------------------------------------------
+
+
+async def test_messages_are_iterated_in_order(broker: Broker) -> None:
+    async with MQTTClient(broker.url, "iterate", **QUICK) as client:
+        async with client.messages("a/#", qos=1) as messages:
+            for number in range(20):
+                await client.publish("a/b", str(number), qos=1)
+            seen = []
+            async for message in messages:
+                seen.append(int(message.payload))
+                if len(seen) == 20:
+                    break
+        assert seen == list(range(20))
+
+
+async def test_shutdown_ends_the_iteration(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "end", **QUICK)
+    await client.connect()
+
+    async def consume() -> int:
+        return len([message async for message in client.messages("a")])
+
+    task = asyncio.create_task(consume())
+    await asyncio.sleep(0.05)
+    await client.shutdown()
+    assert await asyncio.wait_for(task, 5) == 0
