@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import SubscribeError
+from tars_mqtt.errors import ClosedError, SubscribeError
 from tars_mqtt.message import Message, PublishReceipt
 
 __all__ = ["MQTTClient", "MessageIterator", "Subscription"]
@@ -74,7 +75,7 @@ class MQTTClient:
 
     def _start_up(self, config: MQTTClientConfig) -> None:
         self._engine = Engine(config, _worker_pool)
-        self._stop = threading.Event()
+        self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
         return f"<MQTTClient {self.config.client_id!r} at {self.config.urls[0]}, {self.state.value}>"
@@ -112,7 +113,7 @@ class MQTTClient:
         Args:
             timeout: Seconds; ``shutdown_timeout`` unless given.
         """
-        self._stop.set()
+        self._stop.put(None)
         limit = seconds(timeout, self.config.shutdown_timeout)
         self._engine.shutdown(threading.TIMEOUT_MAX if limit is None else limit)
 
@@ -137,13 +138,25 @@ class MQTTClient:
 
         On a thread other than the main one, where Python delivers no signals, until `shutdown`.
         """
-        self._stop.clear()
-        with _on_signals(self._stop.set):
+        # Not an Event: the signal may come while this very thread holds the lock inside.
+        stop: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._stop = stop
+
+        def end() -> None:
+            stop.put(None)
+            self._engine.call_off()
+
+        with _on_signals(end):
             try:
                 self.connect()
-                # On Windows an untimed wait cannot be interrupted by a signal.
-                while not self._stop.wait(1.0):
-                    pass
+                while True:
+                    # On Windows an untimed wait cannot be interrupted by a signal.
+                    with contextlib.suppress(queue.Empty):
+                        stop.get(timeout=1.0)
+                        break
+            except ClosedError:
+                if stop.empty():
+                    raise
             finally:
                 self.shutdown()
 

@@ -9,16 +9,18 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 import attrs
-import cattrs
 
 from tars_mqtt.errors import ConfigError, TopicError
 from tars_mqtt.topics import check_topic
 from tars_mqtt.url import BrokerURL, parse_urls
+
+if TYPE_CHECKING:
+    from cattrs import Converter
 
 __all__ = ["MQTTClientConfig"]
 
@@ -34,8 +36,14 @@ _BOOLEANS: Final = {
     **dict.fromkeys(("false", "0", "no", "off"), False),
 }
 
-_converter = cattrs.Converter()
-_converter.register_structure_hook(bool, lambda text, _: _BOOLEANS[text.strip().lower()])
+
+@cache
+def _converter() -> Converter:
+    from cattrs import Converter  # late: it takes longer to import than all of this package
+
+    converter = Converter()
+    converter.register_structure_hook(bool, lambda text, _: _BOOLEANS[text.strip().lower()])
+    return converter
 
 
 def _is_int(value: object) -> bool:
@@ -369,7 +377,7 @@ def _structured(raw: str, wanted: type) -> Any:
     if wanted not in (bool, int, float):
         return raw
     try:
-        return _converter.structure(raw, wanted)
+        return _converter().structure(raw, wanted)
     except (KeyError, ValueError):
         return raw
 

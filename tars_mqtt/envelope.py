@@ -23,10 +23,10 @@ from typing import Any, Literal, TypeVar
 import attrs
 import ujson
 
-from tars_mqtt.data import MAX_DEPTH, converter, fit, is_plain, json_name, plain, simplify
+from tars_mqtt.data import MAX_DEPTH, is_plain, json_name, plain, simplify
 from tars_mqtt.errors import DecodeError, EncodeError
 
-__all__ = ["CorrelationMode", "Envelope", "converter", "encode_event"]
+__all__ = ["CorrelationMode", "Envelope", "encode_event"]
 
 CorrelationMode = Literal["field", "id"]
 T = TypeVar("T")
@@ -130,11 +130,13 @@ class Envelope:
 
         Args:
             model: A pydantic model (whatever has ``model_validate``), an attrs class, a dataclass, or any
-                type that :data:`converter` can structure, ``dict[str, list[int]]`` for instance.
+                type that `tars_mqtt.model.converter` can structure, ``dict[str, list[int]]`` for instance.
 
         Raises:
             DecodeError: The data does not fit. The sentence names the field.
         """
+        from tars_mqtt.model import fit  # late: a service that takes bytes needs no cattrs
+
         return fit(self.data, model)
 
     def dedup_key(self, mode: CorrelationMode) -> Hashable:

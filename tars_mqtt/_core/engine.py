@@ -43,6 +43,7 @@ from tars_mqtt.outbox import Outbox
 from tars_mqtt.topics import check_filter, topic_bytes
 
 logger = logging.getLogger("tars_mqtt.session")
+publish_logger = logging.getLogger("tars_mqtt.publish")
 
 MakeDispatcher = Callable[
     [MQTTClientConfig, Counters, Callable[[], None], Callable[[str | None], None]], Dispatcher
@@ -72,13 +73,18 @@ class Engine:
         self.deduplicator = _deduplicator(config)
         self.dispatcher = make_dispatcher(config, self.counters, self._wake, self._on_stuck_handler)
         self._outbound = Outbound(
-            config.max_inflight, config.max_queued, config.max_queued_bytes, self.counters, self._wake
+            config.max_inflight,
+            config.max_queued,
+            config.max_queued_bytes,
+            self.counters,
+            self._wake,
+            config.client_id,
         )
         self._outbound.refuse(_not_started())
         self.health = Health(config, self._send_health)
         self._session = Session(config, self.state, self._registry, self._outbound, self.health)
         self._session.inbound = Inbound(
-            self._registry, self.dispatcher, self.counters, self._session.offer_to_paho
+            self._registry, self.dispatcher, self.counters, self._session.offer_to_paho, config.client_id
         )
         self._source = config.source_name
         self._correlation = config.correlation
@@ -145,10 +151,15 @@ class Engine:
         if isinstance(self.deduplicator, DurableDeduplicator):
             self.deduplicator.attach(outbox)
 
+    def call_off(self) -> None:
+        """Have a `connect` that waits end with `ClosedError`. For signal handlers too."""
+        if self._first is not None and not self._first.done():
+            self._session.interrupt()
+
     def stop_network(self, timeout: float) -> bool:
         """End the network thread; what is queued stays queued. False when it does not end in time."""
         ended = self._session.leave(timeout)
-        if self.state.value is not ConnectionState.CLOSING:
+        if self.state.value not in (ConnectionState.CLOSING, ConnectionState.CLOSED):
             self._outbound.refuse(_not_started())
             self.state.set(ConnectionState.DISCONNECTED)
         return ended
@@ -244,7 +255,22 @@ class Engine:
         """Wrap in an envelope and queue."""
         raw_topic = topic_bytes(topic)
         envelope_id, payload = encode_event(event_type, data, self._source, correlation_id, self._correlation)
-        return self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout)
+        receipt = self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout)
+        if publish_logger.isEnabledFor(logging.DEBUG):
+            publish_logger.debug(
+                "took an event for %r with %d bytes",
+                topic,
+                len(payload),
+                extra={
+                    "client_id": self.config.client_id,
+                    "topic": topic,
+                    "event_type": event_type,
+                    "envelope_id": envelope_id,
+                    "correlation_id": correlation_id,
+                    "qos": qos,
+                },
+            )
+        return receipt
 
     def submit(
         self, topic: str, payload: bytes | str, qos: int, retain: bool, timeout: float | None

@@ -119,6 +119,13 @@ class HandlerCall:
         message = delivery.message
         if self._deduplicator is not None and not self._claimed(delivery, self._deduplicator):
             return Outcome.SKIPPED, None
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "handling a message of %r with %d bytes",
+                message.topic,
+                len(message.payload),
+                extra=self._extra(message),
+            )
         try:
             return None, self._convert(message)
         except DecodeError as error:

@@ -30,7 +30,9 @@ class Inbound:
         dispatcher: Dispatcher,
         counters: Counters,
         offer_elsewhere: Callable[[int, bytes], bool],
+        client_id: str = "",
     ) -> None:
+        self._client_id = client_id
         self._registry = registry
         self._dispatcher = dispatcher
         self._counters = counters
@@ -160,7 +162,11 @@ class Inbound:
                 hash(delivery.key)
             except Exception:
                 delivery.key = None
-                logger.exception("order_by failed on a message of %r", delivery.message.topic)
+                logger.exception(
+                    "order_by failed on a message of %r",
+                    delivery.message.topic,
+                    extra=self._extra(delivery.message),
+                )
         batch = self._batches.get(registration.consumer)
         if batch is None:
             self._batches[registration.consumer] = [delivery]
@@ -224,4 +230,7 @@ class Inbound:
 
     def _no_handler(self, message: Message) -> None:
         self._counters.drop("no_handler")
-        logger.debug("nobody handles %r", message.topic, extra={"topic": message.topic, "qos": message.qos})
+        logger.debug("nobody handles %r", message.topic, extra=self._extra(message))
+
+    def _extra(self, message: Message) -> dict[str, object]:
+        return {"client_id": self._client_id, "topic": message.topic, "qos": message.qos}

@@ -77,7 +77,9 @@ class Outbound:
         max_queued_bytes: int,
         counters: Counters,
         wake: Callable[[], None],
+        client_id: str = "",
     ) -> None:
+        self._client_id = client_id
         self._max_inflight = max_inflight
         self._max_queued = max_queued
         self._max_queued_bytes = max_queued_bytes
@@ -326,7 +328,9 @@ class Outbound:
         self._lossy_unsent = 0
         if lost:
             self._counters.drop("connection_lost", lost)
-            logger.warning("lost up to %d messages of QoS 0 with the connection", lost)
+            logger.warning(
+                "lost up to %d messages of QoS 0 with the connection", lost, extra={"client_id": self._client_id}
+            )
 
     def _blame(self) -> None:
         """Find the message over which the broker hangs up, if it does.
@@ -463,7 +467,17 @@ class Outbound:
     def _rejected(self, message: Outgoing, reason: str, code: int | None) -> None:
         self._counters.add("rejected")
         topic = message.topic.decode()
-        logger.warning("a message to %r was rejected: %s", topic, reason, extra={"topic": topic})
+        logger.warning(
+            "a message to %r was rejected: %s",
+            topic,
+            reason,
+            extra={
+                "client_id": self._client_id,
+                "topic": topic,
+                "qos": message.qos,
+                "envelope_id": message.receipt.envelope_id,
+            },
+        )
         message.receipt._fail(
             PublishRejectedError(f"the message to {topic!r} was rejected: {reason}", reason=reason, code=code)
         )

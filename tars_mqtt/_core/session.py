@@ -127,6 +127,11 @@ class Session:
         self._thread.start()
         return first
 
+    def interrupt(self) -> None:
+        """End the network thread and do not wait for it. For signal handlers too."""
+        self._leave_by = time.monotonic()
+        self.transport.wake()
+
     def leave(self, timeout: float) -> bool:
         """Say goodbye and end the network thread; False when it does not end in time."""
         thread = self._thread
@@ -179,7 +184,9 @@ class Session:
                     break
                 except Exception as error:
                     # A bug of ours costs one connection, not the service.
-                    logger.exception("internal error on the network thread; reconnecting")
+                    logger.exception(
+                        "internal error on the network thread; reconnecting", extra=self._extra()
+                    )
                     delay = self._failed(ConnectError(f"internal error: {error!r}"))
                 self._wait(delay)
         finally:

@@ -28,7 +28,7 @@ from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher, handler_task
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import AckTimeoutError, QueueFullError, SubscribeError
+from tars_mqtt.errors import AckTimeoutError, ClosedError, QueueFullError, SubscribeError
 from tars_mqtt.message import Message
 from tars_mqtt.message import PublishReceipt as CoreReceipt
 
@@ -167,6 +167,7 @@ class MQTTClient:
         """Return the running loop; it must be ours."""
         loop = asyncio.get_running_loop()
         if self._bridge.loop is not loop:
+            self._engine.check()
             idle = self.state in (ConnectionState.NEW, ConnectionState.CLOSED, ConnectionState.DISCONNECTED)
             if self._bridge.loop is not None and not idle and not self._bridge.loop.is_closed():
                 raise RuntimeError(
@@ -252,14 +253,22 @@ class MQTTClient:
         loop = self._on_loop()
         self._stop = stop = asyncio.Event()
         installed = []
+
+        def end() -> None:
+            stop.set()
+            self._engine.call_off()
+
         for number in (signal.SIGINT, signal.SIGTERM):
             # Neither on other threads than the main one, nor on Windows.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-                loop.add_signal_handler(number, stop.set)
+                loop.add_signal_handler(number, end)
                 installed.append(number)
         try:
             await self.connect()
             await stop.wait()
+        except ClosedError:
+            if not stop.is_set():
+                raise
         finally:
             for number in installed:
                 loop.remove_signal_handler(number)
