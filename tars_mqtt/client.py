@@ -100,7 +100,8 @@ class MQTTClient:
     def disconnect(self) -> None:
         """Leave the broker; `connect` may follow.
 
-        Subscriptions stay registered, messages of QoS 1 and 2 that were not sent stay queued.
+        Subscriptions stay registered, messages of QoS 1 and 2 that were not sent stay queued. Takes no
+        longer than ``shutdown_timeout``, whatever state the broker is in.
         """
         self._engine.disconnect()
 
@@ -161,7 +162,11 @@ class MQTTClient:
                 self.shutdown()
 
     def wait_connected(self, timeout: float | None = None) -> bool:
-        """Wait for the connection; False when the time ran out first."""
+        """Wait for the connection; False when the time ran out first.
+
+        Args:
+            timeout: Seconds; ``None`` waits for ever, ``0`` does not wait.
+        """
         self._engine.check()
         return self._engine.state.wait(lambda state: state is ConnectionState.CONNECTED, seconds(timeout, 0.0))
 
@@ -210,8 +215,9 @@ class MQTTClient:
     ) -> str:
         """Publish *data* in an `Envelope` and return its id.
 
-        QoS 0 returns when the message is handed to the network, QoS 1 and 2 when the broker has
-        acknowledged it; during an outage they wait in the queue and go out in order after it.
+        QoS 0 returns when the message is handed to the network: it arrives at most once. QoS 1 and 2
+        return when the broker has acknowledged it: at least once, exactly once [MQTT-4.3]. They leave in
+        the order of the calls, also across reconnects; during an outage they wait in the queue.
 
         Args:
             topic: Where it goes. No wildcards.
@@ -278,7 +284,10 @@ class MQTTClient:
         retain: bool = False,
         timeout: Timeout = DEFAULT,
     ) -> None:
-        """Publish raw bytes, or text as UTF-8, without an envelope. Waits and raises as `publish_event`."""
+        """Publish raw bytes, or text as UTF-8, without an envelope.
+
+        Waits as `publish_event`, and raises the same but for `EncodeError`.
+        """
         limit = seconds(timeout, self.config.publish_timeout)
         started = time.monotonic()
         self._engine.submit(topic, payload, qos, retain, limit).result(_rest(limit, started))
@@ -316,7 +325,8 @@ class MQTTClient:
         Before `connect`, and during an outage, the subscription is registered and made later.
 
         Args:
-            topic: A filter: ``+`` and ``#`` as in the standard, ``$share/group/filter`` too.
+            topic: A filter: ``+`` and ``#`` as in the standard [MQTT-4.7.1], ``$share/group/filter`` too
+                [MQTT-4.8.2].
             handler: A plain function. What it raises is logged and counted.
             qos: The highest QoS with which the broker delivers.
             timeout: Seconds to wait for the broker's word; ``connect_timeout`` unless given.
@@ -445,6 +455,9 @@ class MessageIterator(Iterator[Message]):
 
     def next(self, timeout: float | None) -> Message | None:
         """Return the next message; None once the iteration has ended.
+
+        Args:
+            timeout: Seconds; ``None`` waits for ever, ``0`` does not wait.
 
         Raises:
             TimeoutError: None came in time.

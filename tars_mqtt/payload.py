@@ -14,7 +14,8 @@ class HealthPayload:
 
     Attributes:
         ok: Whether it works.
-        event: What happened: ``ready``, ``reconnected``, ``shutdown``, ``connection_lost``, or its own word.
+        event: What happened: ``ready``, ``reconnected``, ``disconnected``, ``shutdown``, ``connection_lost``
+            (the last will), ``handler_timeout``, ``handler_returned``, or the service's own word.
         error: What is wrong.
         timestamp: Unix time in seconds.
     """
@@ -35,7 +36,13 @@ class HealthPayload:
 
 @attrs.frozen
 class HeartbeatPayload:
-    """A sign of life: the data of ``health.heartbeat``."""
+    """A sign of life: the data of ``health.heartbeat``.
+
+    Attributes:
+        ok: Always true.
+        event: Always ``heartbeat``.
+        timestamp: Unix time in seconds.
+    """
 
     ok: bool = True
     event: str = "heartbeat"

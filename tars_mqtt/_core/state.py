@@ -8,7 +8,17 @@ from collections.abc import Callable
 
 
 class ConnectionState(enum.Enum):
-    """Where a client stands. ``client.state`` is one of these."""
+    """Where a client stands. ``client.state`` is one of these.
+
+    Attributes:
+        NEW: Made, and never connected.
+        CONNECTING: `connect` is at work.
+        CONNECTED: The connection is up, and the subscriptions are acknowledged.
+        RECONNECTING: The connection is lost, and the next one is being tried for.
+        CLOSING: `shutdown` is at work.
+        DISCONNECTED: After `disconnect`, or a `connect` that failed.
+        CLOSED: After `shutdown`.
+    """
 
     NEW = "new"
     CONNECTING = "connecting"

@@ -41,10 +41,13 @@ def secure(
         TLSFailedError: A file cannot be used, or one side does not trust the other; says which.
         ConnectError: The peer does not answer, or hangs up.
     """
-    context = _context(url, config)
-    secured = context.wrap_socket(
-        sock, server_hostname=url.host, do_handshake_on_connect=False, suppress_ragged_eofs=True
-    )
+    try:
+        secured = _context(url, config).wrap_socket(
+            sock, server_hostname=url.host, do_handshake_on_connect=False
+        )
+    except BaseException:
+        sock.close()
+        raise
     try:
         while True:
             try:
@@ -55,6 +58,9 @@ def secure(
                 await_ready(secured, selectors.EVENT_WRITE, deadline, interrupted)
             else:
                 return secured
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+        secured.close()
+        raise ConnectError(f"no TLS handshake with {url}: the peer hung up") from error
     except ssl.SSLError as error:
         secured.close()
         raise TLSFailedError(f"no trusted connection to {url}: {explain(error, url, config)}") from error

@@ -49,14 +49,17 @@ class PublishReceipt:
 
     @property
     def envelope_id(self) -> str | None:
+        """The id of the envelope; None for a raw publish."""
         return self._receipt.envelope_id
 
     @property
     def topic(self) -> str:
+        """Where the message goes."""
         return self._receipt.topic
 
     @property
     def qos(self) -> int:
+        """0, 1 or 2."""
         return self._receipt.qos
 
     def done(self) -> bool:

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
+import paho.mqtt.client as mqtt
 import pytest
 
 import tars_mqtt
-from tars_mqtt import MQTTClientConfig, aio
+from tars_mqtt import (
+    AckTimeoutError,
+    ClosedError,
+    ConfigError,
+    ConnectError,
+    Envelope,
+    MQTTClient,
+    MQTTClientConfig,
+    NotConnectedError,
+    OutboxError,
+    QueueFullError,
+    aio,
+    errors,
+)
+from tests.support import ScriptedBroker, eventually, packet
 from tests.support.example import examples_in, run_page
+from tests.support.port import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support import ScriptedConnection
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,11 +52,9 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize("page", [page for page in PAGES if examples_in(page)], ids=name_of)
 def test_the_examples_run_and_print_what_they_say(page, broker, monkeypatch, tmp_path):
     """A reader may copy any example of a page, after those before it, and gets what the page says."""
-    environment = {"MQTT_URL": broker.url, "MQTT_CLIENT_ID": "my-service"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     examples = [example.at(f"{broker.host}:{broker.port}") for example in examples_in(page)]
+    environment = {"MQTT_URL": broker.url, "MQTT_CLIENT_ID": "my-service"}
     run_page(examples, {"__name__": "__main__"}, environment)
 
 
@@ -82,7 +103,9 @@ def test_the_map_leads_to_every_page():
 
 def test_the_table_of_settings_matches_the_code():
     """Names, variables, defaults, rules and descriptions are those of the code."""
-    expected = "\n".join(["| setting | variable | default | allowed | what it is |", "|---|---|---|---|---|", *rows()])
+    expected = "\n".join(
+        ["| setting | variable | default | allowed | what it is |", "|---|---|---|---|---|", *rows()]
+    )
     assert expected in CONFIGURATION.read_text(encoding="utf-8"), f"the table should be:\n\n{expected}\n"
 
 
@@ -114,25 +137,125 @@ def test_every_setting_is_in_the_example_environment():
     lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
     shown = dict(line.removeprefix("# ").split("=", 1) for line in lines if re.match(r"(# )?MQTT_\w+=", line))
     fields = attrs.fields(MQTTClientConfig)
-    assert list(shown) and shown.keys() == {f"MQTT_{field.metadata['env']}" for field in fields}
+    assert shown.keys() == {f"MQTT_{field.metadata['env']}" for field in fields}
     for field in fields:
         if field.default not in (attrs.NOTHING, None):
-            assert shown[f"MQTT_{field.metadata['env']}"].lower() == str(field.default).lower()
+            as_field = type(field.default) if not isinstance(field.default, bool) else json.loads
+            assert as_field(shown[f"MQTT_{field.metadata['env']}"]) == field.default
+
+
+# -- the errors of docs/CONFIGURATION.md -------------------------------------------------------------
+
+_ROW = re.compile(r"^\| (?:`\w+`: |in the log: )?`(?P<message>[^`]+ [^`]+)` \| .* \|$", re.MULTILINE)
+
+
+def documented_errors() -> list[str]:
+    text = CONFIGURATION.read_text(encoding="utf-8")
+    return _ROW.findall(text[text.index("## Common errors") :])
+
+
+def test_the_documented_errors_are_what_users_see(make_broker, caplog, tmp_path):
+    """Each message in the tables is one that the code gives for the mistake that it stands for."""
+    real = [*config_errors(), *connection_errors(make_broker), *publish_errors(make_broker())]
+    real += outbox_errors(make_broker(), tmp_path / "outbox")
+    with caplog.at_level("WARNING", "tars_mqtt"):
+        provoke_log_lines(make_broker())
+    real += [record.getMessage().removeprefix("connection lost: ") for record in caplog.records]
+    patterns = [re.escape(error).replace("…", ".+") for error in documented_errors()]
+    assert len(patterns) > 15
+    assert not [pattern for pattern in patterns if not any(re.fullmatch(pattern, text) for text in real)]
+
+
+def config_errors() -> Iterator[str]:
+    wrong: list[dict[str, Any]] = [
+        {"mqtt_url": "localhost:1883"},
+        {"mqtt_url": "tcp://localhost:1883"},
+        {"mqtt_url": "mqtt://user:p@ss@localhost"},
+        {"mqtt_url": "mqtt://user:secret"},
+        {"client_id": "plant/1"},
+        {"dedupe_ttl": 60},
+        {"password": "secret"},
+        {"username": "me", "password": "secret", "password_file": "/run/secrets/mqtt"},
+        {"dedupe_durable": True},
+        {"tls_ca": "ca.pem"},
+    ]
+    for settings in wrong:
+        with pytest.raises(ConfigError) as caught:
+            MQTTClientConfig(**{"mqtt_url": "mqtt://localhost", "client_id": "a"} | settings)
+        yield from caught.value.problems
+    with pytest.raises(ConfigError) as caught:
+        MQTTClientConfig.from_env(environ={})
+    yield from caught.value.problems
+
+
+def connection_errors(make_broker: Any) -> Iterator[str]:
+    guarded = make_broker(users={"me": "secret"})
+    without_tls = guarded.url.replace("mqtt://", "mqtts://")
+    for url in (f"mqtt://localhost:{free_port()}", "mqtt://brocker.invalid", guarded.url, without_tls):
+        client = MQTTClient(url, "a", connect_timeout=1, reconnect_min_delay=0.1)
+        with pytest.raises(ConnectError) as caught:
+            client.connect()
+        yield str(caught.value)
+
+
+def publish_errors(broker: Any) -> Iterator[str]:
+    client = MQTTClient(broker.url, "a", max_queued=1)
+    with pytest.raises(NotConnectedError) as not_yet:
+        client.publish("a", "")
+    yield str(not_yet.value)
+    with client:
+        broker.kill()
+        eventually(lambda: not client.connected)
+        with pytest.raises(NotConnectedError) as offline:
+            client.publish("a", "")
+        with pytest.raises(AckTimeoutError) as slow:
+            client.publish("a", "", qos=1, timeout=0.01)
+        with pytest.raises(QueueFullError) as full:
+            client.publish("a", "", qos=1, timeout=0)
+        yield from (str(caught.value) for caught in (offline, slow, full))
+        client.shutdown(0.5)
+    with pytest.raises(ClosedError) as closed:
+        client.publish("a", "", qos=1)
+    yield str(closed.value)
+
+
+def outbox_errors(broker: Any, file: Path) -> Iterator[str]:
+    second = MQTTClient(broker.url, "b", outbox=file)
+    with MQTTClient(broker.url, "a", outbox=file), pytest.raises(OutboxError) as taken:
+        second.connect()
+    yield str(taken.value)
+
+
+def provoke_log_lines(broker: Any) -> None:
+    def wants_an_envelope(event: Envelope) -> None: ...
+
+    def take_over(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.send(packet.disconnect(0x8E))
+
+    with MQTTClient(broker.url, "my-service") as client:
+        client.publish_health(True)
+        client.subscribe("a", wants_an_envelope)
+        client.publish("a", "hello")
+        eventually(lambda: client.stats().decode_failures)
+    with ScriptedBroker(take_over) as scripted, MQTTClient(scripted.url, "my-service") as client:
+        eventually(lambda: not client.connected)
 
 
 # -- docs/API.md ----------------------------------------------------------------------------------
 
 
 def public_names() -> list[str]:
-    """Every public name: of the package, and of the classes that it exports."""
-    names = {"tars_mqtt.aio"}
+    """Every public name: of the package, and of the classes that it exports; settings have their own page."""
+    names = {"tars_mqtt.aio"} | {name for name in vars(errors) if name.endswith("Error")}
     for module in (tars_mqtt, aio):
         for name in module.__all__:
             names.add(name)
             thing = getattr(module, name) if name != "__version__" else None
             if isinstance(thing, type) and not issubclass(thing, Exception):
                 names |= {f"{name}.{member}" for member in public_members(thing)}
-    return sorted(names)
+    settings = {f"MQTTClientConfig.{field.name}" for field in attrs.fields(MQTTClientConfig)}
+    return sorted(names - settings)
 
 
 def public_members(cls: type) -> set[str]:
@@ -148,8 +271,56 @@ def test_every_public_name_is_in_the_api_reference(name):
     text = API.read_text(encoding="utf-8")
     owner, _, member = name.rpartition(".")
     if owner and owner != "tars_mqtt":
-        section = re.search(rf"^## .*`{owner}`.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        section = re.search(rf"^## [^\n]*`{owner}`.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
         assert section, f"there is no section on {owner}"
         assert re.search(rf"\b{member}\b", section[0])
     else:
         assert f"`{name}`" in text
+
+
+# -- docs/internals ---------------------------------------------------------------------------------
+
+
+def test_the_table_of_locks_names_every_lock():
+    """Whoever adds a lock says there what it guards, and who takes it."""
+    page = (ROOT / "docs" / "internals" / "THREADS.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(\w+)` \| `(\w+)`", page, re.MULTILINE))
+    assert documented == {lock for source in sources() for lock in locks_in(source)}
+
+
+def sources() -> list[Path]:
+    return sorted(Path(tars_mqtt.__file__).parent.rglob("*.py"))
+
+
+def locks_in(source: Path) -> Iterator[tuple[str, str]]:
+    """Class and attribute of each lock that a module makes; a condition on a lock counted already is none."""
+    for cls in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(cls, ast.ClassDef):
+            for node in ast.walk(cls):
+                value = ast.unparse(node.value) if isinstance(node, ast.Assign) else ""
+                if re.search(r"threading\.R?Lock\(\)", value):
+                    name = ast.unparse(node.targets[0]).removeprefix("self.")
+                    if name.startswith("_"):
+                        yield cls.name, name
+
+
+def test_the_picture_of_the_house_shows_every_module():
+    """And no other: docs/internals/README.md, left of its comments."""
+    page = (ROOT / "docs" / "internals" / "README.md").read_text(encoding="utf-8")
+    picture = page.partition("```text\n")[2].partition("```")[0]
+    shown = re.findall(r"\w+", re.sub(r"aio/.*| {6,}\S.*", "", picture))
+    modules = [path.stem for path in sources() if path.stem != "__init__" and path.parent.name != "aio"]
+    assert sorted(shown) == sorted([*modules, "tars_mqtt", "_core"])
+
+
+def test_paho_is_imported_in_one_place_only():
+    """As docs/internals/PAHO.md says."""
+    pattern = re.compile(r"^\s*(import|from) paho", re.MULTILINE)
+    assert [path.name for path in sources() if pattern.search(path.read_text())] == ["transport.py"]
+
+
+def test_paho_has_what_we_use_of_its_inside():
+    """The three names that docs/internals/PAHO.md owns up to."""
+    assert callable(mqtt.Client._create_socket)
+    assert callable(mqtt.Client._mid_generate)
+    assert callable(mqtt._WebsocketWrapper)

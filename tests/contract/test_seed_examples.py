@@ -1,8 +1,8 @@
 """The examples of the original README, word for word: only the import line differs, and the broker's address.
 
-They are in ``seed_examples.md``. What an example takes for granted (a connected ``client``, ``handler``, imports)
-is given to it. Where publishing and subscribing are shown, the blocking form runs too: the same text without
-``async`` and ``await``.
+They are in ``seed_examples.txt``. What an example takes for granted (a connected ``client``, ``handler``,
+imports) is given to it. Where publishing and subscribing are shown, the blocking form runs too: the same text
+without ``async`` and ``await``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 OLD_IMPORT = "from tars.adapters.mqtt_client import MQTTClient"
 NEW_IMPORT = {"aio": "from tars_mqtt.aio import MQTTClient", "sync": "from tars_mqtt import MQTTClient"}
-EXAMPLES = examples_in(Path(__file__).with_name("seed_examples.md"))
+EXAMPLES = examples_in(Path(__file__).with_name("seed_examples.txt"))
 
 both = pytest.mark.parametrize("colour", ["aio", "sync"])
 asyncio_only = pytest.mark.parametrize("colour", ["aio"])
@@ -281,7 +281,7 @@ def test_error_handling_in_handlers(reader, observer):
 
 @both
 def test_what_the_comment_promises_holds_without_the_try(reader, observer, caplog):
-    """"Error is logged but doesn't crash dispatch loop": true of handlers that deal with nothing, too."""
+    """Error is logged but doesn't crash dispatch loop: true of handlers that deal with nothing, too."""
     reader.connect()
     reader.run("async def careless(payload: bytes) -> None:\n    orjson.loads(payload)\n")
     reader.run("await client.subscribe('topic', careless)")
@@ -304,7 +304,7 @@ def test_message_envelope_structure(reader, observer):
     reader.run(f"await client.publish_event('a', 'event.type', {documented['data']!r})")
     (event,) = observer.wait_for("a")
     assert list(event.envelope) == list(documented)
-    assert [type(value) for value in event.envelope.values()] == [type(value) for value in documented.values()]
+    assert list(map(type, event.envelope.values())) == list(map(type, documented.values()))
     assert event.data == documented["data"]
 
 
@@ -349,8 +349,8 @@ def test_domain_specific_wrapper(reader, observer):
 def test_message_batching(reader, observer):
     """Batches go out when they are full.
 
-    The example leaves out ``_flush_loop``, without which its ``connect`` cannot run; the test adds one between
-    the class and its use.
+    The example leaves out ``_flush_loop``, without which its ``connect`` cannot run; the test adds one
+    between the class and its use.
     """
     whole = example("Pattern 2: Message Batching")
     before, usage = whole.code.split("# Usage\n")

@@ -162,16 +162,6 @@ def test_several_brokers_are_tried_in_turn(make_client, shared_broker):
     assert client.connected
 
 
-@pytest.mark.parametrize("scheme", ["mqtts", "ws", "wss"])
-def test_a_scheme_that_is_not_spoken_is_an_error_at_once_and_nothing_is_sent(make_client, scheme):
-    """Least of all a password in the clear to a port that expects TLS."""
-    with ScriptedBroker(lambda connection: connection.hold()) as broker:
-        client = make_client(f"{scheme}://me:s3cret@{HOST}:{broker.port}")
-        with pytest.raises(ConfigError, match=f"{scheme} is not supported yet"):
-            client.connect(timeout=20)
-        assert broker.connections == []
-
-
 def test_a_failed_connect_in_with_leaves_nothing_running(make_client):
     check = LeakCheck()
     client = make_client(f"mqtt://{HOST}:{free_port()}", connect_timeout=0.2)

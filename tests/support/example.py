@@ -1,10 +1,11 @@
 """The examples of a Markdown page: find them, and run them as a reader would.
 
-- The ``python`` blocks of a page are one session: what a block defines, the next ones know. ``await`` works at
-  the top level.
+- The ``python`` blocks of a page are one session: what a block defines, the next ones know. ``await`` works
+  at the top level.
 - A block that calls ``run()`` or ``asyncio.run()`` is a program: it runs in a process of its own.
-- ``print(...)  # text`` says what is printed; the example fails if that line does not appear.
-- The broker at ``localhost:1883`` is the test's broker.
+- ``print(...)  # text`` says what is printed, and so does a ``text`` block right behind; the example fails
+  if one of those lines does not appear.
+- The broker at ``localhost:1883``, or ``"localhost", 1883``, is the test's broker.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from tests.support.wait import eventually
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-DOCUMENTED_ADDRESS = "localhost:1883"
 PATIENCE = 15.0
 
-_BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^```python\n(?P<code>.*?)^```$(\n\n```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL
+)
 _HEADING = re.compile(r"^#+ +(.*?) *$", re.MULTILINE)
 _RUNS = re.compile(r"\.run\(")
 _PRINTS = re.compile(r"print\(.*\)  # (?P<text>.+)$", re.MULTILINE)
@@ -50,6 +52,7 @@ class Example:
     """Of the page, where the code begins."""
     heading: str
     code: str
+    output: str = ""
 
     @property
     def is_program(self) -> bool:
@@ -58,11 +61,13 @@ class Example:
     @property
     def prints(self) -> list[str]:
         """The lines that it says it prints."""
-        return [match["text"] for match in _PRINTS.finditer(self.code)]
+        return [match["text"] for match in _PRINTS.finditer(self.code)] + self.output.splitlines()
 
     def at(self, address: str) -> Example:
         """The same, for the broker at *address*."""
-        return attrs.evolve(self, code=self.code.replace(DOCUMENTED_ADDRESS, address))
+        host, _, port = address.partition(":")
+        code = self.code.replace("localhost:1883", address).replace('"localhost", 1883', f'"{host}", {port}')
+        return attrs.evolve(self, code=code)
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"
@@ -77,6 +82,7 @@ def examples_in(page: Path) -> list[Example]:
             line=text.count("\n", 0, match.start("code")) + 1,
             heading=_heading_before(text, match.start()),
             code=match["code"],
+            output=match["output"] or "",
         )
         for match in _BLOCK.finditer(text)
     ]
@@ -99,7 +105,10 @@ async def run_block(example: Example, namespace: dict[str, Any]) -> None:
 
 
 def run_page(examples: list[Example], namespace: dict[str, Any], environment: Mapping[str, str]) -> None:
-    """Run the examples of a page, in order; check what they print, and shut down what they left running."""
+    """Run the examples of a page, in order; check what they print, and shut down what they left running.
+
+    Their environment is *environment*; programs see it as it was, whatever the blocks before them did to it.
+    """
 
     async def run() -> None:
         try:
@@ -113,7 +122,13 @@ def run_page(examples: list[Example], namespace: dict[str, Any], environment: Ma
         finally:
             await shut_down_clients()
 
-    asyncio.run(run())
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        asyncio.run(run())
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -125,7 +140,7 @@ def running(example: Example, environment: Mapping[str, str]) -> Iterator[subpro
     with tempfile.TemporaryFile() as file:
         process = subprocess.Popen(
             [sys.executable, "-u", "-c", example.code],
-            env={**os.environ, **environment, "PYTHONPATH": package_directory()},
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": package_directory(), **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
         )

@@ -46,7 +46,7 @@ class Observer:
         self._subscribed = threading.Event()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.on_message = lambda _client, _data, message: self.seen.append(
-            Seen(message.topic, message.payload, message.qos, message.retain)
+            Seen(message.topic, bytes(message.payload), message.qos, message.retain)
         )
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.connect(host, port)

@@ -46,7 +46,7 @@ class Harness:
         return self.taken_elsewhere
 
     def subscribe(self, topic: str, name: str | None = None, key_of=None) -> Registration:
-        registration = Registration(self.registry.next_number(), topic, 0, Consumer(Fifo(), 1, None), key_of)
+        registration = Registration(topic, 0, Consumer(Fifo(), 1, None), key_of)
         self.names[registration.consumer] = name or topic
         self.registry.add(registration)
         return registration

@@ -78,7 +78,7 @@ class Reader:
 
 
 def outgoing(payload: bytes = b"x", qos: int = 1, retain: bool = False, topic: bytes = b"t") -> Outgoing:
-    make = PublishReceipt if qos else PublishReceipt.settled
+    make = PublishReceipt if qos else PublishReceipt._settled
     return Outgoing(topic, payload, qos, retain, make("id", topic.decode(), qos))
 
 
@@ -169,7 +169,7 @@ def test_the_bytes_are_bounded_topic_included() -> None:
 def test_a_message_larger_than_all_the_room_is_refused_at_once() -> None:
     """Waiting would never help."""
     harness = Harness(max_queued_bytes=100)
-    with pytest.raises(QueueFullError, match="raise the setting"):
+    with pytest.raises(QueueFullError, match="raise max_queued_bytes"):
         harness.submit(b"x" * 100, timeout=None)
 
 

@@ -10,22 +10,20 @@ from tars_mqtt._core.lane import Fifo
 from tars_mqtt._core.registry import _LAST_IDENTIFIER, Registration, Registry
 
 
-def registration(registry: Registry, topic: str = "a/+", qos: int = 0) -> Registration:
-    return Registration(registry.next_number(), topic, qos, Consumer(Fifo(), 1, None))
+def registration(topic: str = "a/+", qos: int = 0) -> Registration:
+    return Registration(topic, qos, Consumer(Fifo(), 1, None))
 
 
 def added(registry: Registry, topic: str = "a/+", qos: int = 0) -> Registration:
-    entry = registration(registry, topic, qos)
+    entry = registration(topic, qos)
     registry.add(entry)
     return entry
 
 
-def test_numbers_are_never_used_twice() -> None:
-    registry = Registry()
-    assert [registry.next_number() for _ in range(3)] == [1, 2, 3]
-    first = added(registry)
-    registry.remove(first)
-    assert registry.next_number() == 5
+def test_identities_are_never_used_twice_and_are_the_same_in_each_run() -> None:
+    """What deduplication remembers across restarts is found again by them."""
+    runs = [[registry.next_identity(topic) for topic in ("a", "b", "a")] for registry in (Registry(), Registry())]
+    assert runs == [["a#1", "b#1", "a#2"]] * 2
 
 
 def test_registrations_of_the_same_filter_share_an_entry() -> None:
@@ -39,7 +37,7 @@ def test_registrations_of_the_same_filter_share_an_entry() -> None:
 def test_the_broker_is_asked_for_the_highest_qos() -> None:
     registry = Registry()
     for qos, expected in ((1, 1), (0, 1), (2, 2)):
-        entry = registry.add(registration(registry, qos=qos))
+        entry = registry.add(registration(qos=qos))
         assert entry.qos == expected
 
 
@@ -67,7 +65,7 @@ def test_removing_twice_or_what_was_never_added_does_nothing() -> None:
     first, second = added(registry), added(registry)
     registry.remove(first)
     assert registry.remove(first) is None
-    assert registry.remove(registration(registry, "b")) is None
+    assert registry.remove(registration("b")) is None
     (entry,) = registry.entries()
     assert entry.registrations == (second,)
 
@@ -97,20 +95,20 @@ def test_a_filter_has_the_same_identifier_in_every_process() -> None:
         registry = Registry()
         for other in others:
             added(registry, other)
-        identifiers.add(registry.add(registration(registry)).identifier)
+        identifiers.add(registry.add(registration()).identifier)
     assert len(identifiers) == 1
     registry = Registry()
     first = added(registry)
     before = registry.entries()[0].identifier
     registry.remove(first)
-    assert registry.add(registration(registry)).identifier == before
+    assert registry.add(registration()).identifier == before
 
 
 def test_identifiers_differ_and_stay_in_their_range(monkeypatch) -> None:
     """Also where the hashes of two filters are the same, and at the end of the range."""
     monkeypatch.setattr(zlib, "crc32", lambda _: _LAST_IDENTIFIER - 1)
     registry = Registry()
-    identifiers = [registry.add(registration(registry, topic)).identifier for topic in "abc"]
+    identifiers = [registry.add(registration(topic)).identifier for topic in "abc"]
     assert identifiers == [_LAST_IDENTIFIER, 1, 2]
 
 

@@ -7,8 +7,8 @@ import pickle
 from urllib.parse import quote
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import assume, example, given
+from hypothesis import assume, strategies as st
 
 from tars_mqtt.url import BrokerURL, parse_urls
 
@@ -228,6 +228,8 @@ def test_no_error_and_no_repr_shows_a_password_that_was_not_percent_encoded(
     shape: str, scheme: str, part: str
 ) -> None:
     """Not even the errors that ours came from, which tools that report tracebacks show as well."""
+    # Without a host of the shape's own, what stands behind an "@" is the host, and no secret.
+    assume("@" in shape or "@" not in part)
     text = shape.format(scheme, f"{SECRET}{part}{SECRET}")
     try:
         urls = parse_urls(text)

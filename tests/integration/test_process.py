@@ -1,0 +1,255 @@
+"""What needs a process of its own: signals, forks, and a process with many open files."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.support import eventually
+from tests.support.observer import Observer
+from tests.support.port import HOST, free_port
+from tests.support.program import Program
+
+# -- run() --------------------------------------------------------------------------------------
+
+# A service that runs until it is told to end.
+RUN = {
+    "sync": """
+        from tars_mqtt import MQTTClient
+
+        client = MQTTClient(sys.argv[1], "service", enable_health=True, connect_timeout=60)
+
+        @client.on("work")
+        def handler(payload):
+            say("handled", payload)
+
+        client.run()
+        say("state", client.state.value)
+        """,
+    "aio": """
+        import asyncio
+        from tars_mqtt.aio import MQTTClient
+
+        async def main():
+            client = MQTTClient(sys.argv[1], "service", enable_health=True, connect_timeout=60)
+
+            @client.on("work")
+            async def handler(payload):
+                say("handled", payload)
+
+            await client.run()
+            say("state", client.state.value)
+
+        asyncio.run(main())
+        """,
+}
+
+
+@pytest.fixture(params=["sync", "aio"])
+def colour(request) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_serves_until_a_signal_and_then_shuts_down(colour, broker, number):
+    """In good order: the exit code is 0, the health says shutdown, the broker hears DISCONNECT."""
+    with Program(RUN[colour], broker.url) as program, Observer(broker.host, broker.port) as observer:
+        observer.wait_for("system/health/service")
+        observer.publish("work", b"x")
+        program.wait_for("handled b'x'")
+        program.signal(number)
+        assert program.wait() == 0
+        assert "state closed" in program.output
+        assert observer.wait_for("system/health/service", 2)[1].data["event"] == "shutdown"
+    assert "Received DISCONNECT from service" in broker.log
+
+
+def test_a_signal_ends_run_while_the_broker_cannot_be_reached(colour):
+    """A container that is told to stop before its broker is there does not wait to be killed."""
+    with Program(RUN[colour], f"mqtt://{HOST}:{free_port()}") as program:
+        program.wait_for("next attempt in")  # a warning, on stderr
+        program.signal(signal.SIGTERM)
+        assert program.wait(10) == 0
+        assert "state closed" in program.output
+
+
+def test_a_signal_ends_run_during_an_outage(colour, broker):
+    with Program(RUN[colour], broker.url) as program:
+        eventually(lambda: "system/health/service" in broker.log)
+        broker.kill()
+        program.wait_for("connection lost")
+        program.signal(signal.SIGTERM)
+        assert program.wait(15) == 0
+        assert "state closed" in program.output
+
+
+def test_run_puts_the_signal_handlers_back(colour, broker):
+    """What the program did with signals before, it does again."""
+    afterwards = """
+        import signal
+        say("SIGTERM", signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+        say("SIGINT", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+        """
+    with Program(RUN[colour] + afterwards, broker.url) as program:
+        eventually(lambda: "system/health/service" in broker.log)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "SIGTERM True\nSIGINT True\n" in program.output
+
+
+# -- many open files ----------------------------------------------------------------------------
+
+MANY_FILES = """
+    import resource
+    from tests.support.colour import ClientMaker
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, most))
+    files = [open("/dev/null") for _ in range(1200)]
+    make_client = ClientMaker(sys.argv[1])
+    client = make_client(sys.argv[2])
+    received = []
+    client.subscribe("a", received.append, 1)
+    client.connect()
+    client.publish("a", b"works", qos=1)
+    while not received:
+        time.sleep(0.01)
+    make_client.close()
+    say(received)
+    for file in files:
+        file.close()
+"""
+
+
+def test_a_process_with_1200_open_files_connects_and_works(make_client, broker):
+    """select() breaks above descriptor 1,023."""
+    resource = pytest.importorskip("resource")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2000:
+        pytest.skip("this system allows fewer open files")
+    with Program(MANY_FILES, make_client.colour, broker.url) as program:
+        program.wait_for("[b'works']")
+        assert program.wait() == 0
+
+
+# -- fork ---------------------------------------------------------------------------------------
+
+FORK = {
+    "sync": """
+        import os, warnings
+        from tars_mqtt import ClosedError, MQTTClient
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
+
+        received = []
+        client = MQTTClient(sys.argv[1], "parent")
+        client.subscribe("a", received.append, 1)
+        client.connect()
+
+        def in_child(call, *args, **kwargs):
+            started = time.monotonic()
+            try:
+                call(*args, **kwargs)
+            except ClosedError as error:
+                say("child:", time.monotonic() - started < 1.0, error)
+            except BaseException as error:
+                say("wrong error", repr(error))
+
+        if os.fork() == 0:
+            in_child(client.publish, "a", b"from the child")
+            in_child(client.publish_event, "a", "b", None, qos=1)
+            in_child(client.submit_event, "a", "b", None, qos=1)
+            in_child(client.subscribe, "b", print)
+            in_child(client.connect)
+            in_child(client.disconnect)
+            in_child(client.shutdown)
+            in_child(client.wait_connected)
+            own = MQTTClient(sys.argv[1], "child")
+            with own:
+                own.publish("a", b"from the child's own", qos=1)
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+        client.publish("a", b"from the parent", qos=1)
+        while len(received) < 2:
+            time.sleep(0.01)
+        say(received, client.stats().reconnects)
+        client.shutdown()
+        """,
+    "aio": """
+        import asyncio, os, warnings
+        from tars_mqtt import ClosedError
+        from tars_mqtt.aio import MQTTClient
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
+
+        received = []
+
+        async def handler(payload):
+            received.append(payload)
+
+        async def in_child(call, *args, **kwargs):
+            started = time.monotonic()
+            try:
+                result = call(*args, **kwargs)
+                if asyncio.iscoroutine(result):
+                    await result
+            except ClosedError as error:
+                say("child:", time.monotonic() - started < 1.0, error)
+            except BaseException as error:
+                say("wrong error", repr(error))
+
+        async def child(client):
+            await in_child(client.publish, "a", b"from the child")
+            await in_child(client.publish_event, "a", "b", None, qos=1)
+            await in_child(client.submit_event, "a", "b", None, qos=1)
+            await in_child(client.subscribe, "b", handler)
+            await in_child(client.connect)
+            await in_child(client.disconnect)
+            await in_child(client.shutdown)
+            await in_child(client.wait_connected)
+            async with MQTTClient(sys.argv[1], "child") as own:
+                await own.publish("a", b"from the child's own", qos=1)
+
+        async def parent(pid, client):
+            while os.waitpid(pid, os.WNOHANG) == (0, 0):
+                await asyncio.sleep(0.01)
+            await client.publish("a", b"from the parent", qos=1)
+            while len(received) < 2:
+                await asyncio.sleep(0.01)
+            say(received, client.stats().reconnects)
+            await client.shutdown()
+
+        async def begin():
+            client = MQTTClient(sys.argv[1], "parent")
+            await client.subscribe("a", handler, 1)
+            await client.connect()
+            return client
+
+        loop = asyncio.new_event_loop()
+        client = loop.run_until_complete(begin())
+        pid = os.fork()
+        if pid == 0:
+            asyncio.run(child(client))
+            sys.stdout.flush()
+            os._exit(0)
+        loop.run_until_complete(parent(pid, client))
+        loop.close()
+        """,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_is_told_at_once_and_the_parent_goes_on(colour, broker):
+    """The child has neither the threads nor the connection; its own client works."""
+    with Program(FORK[colour], broker.url) as program:
+        assert program.wait() == 0, program.output
+        output = program.output
+    told = [line for line in output.splitlines() if line.startswith("child: True this client belongs")]
+    assert len(told) == 8, output
+    assert all("make a new one after os.fork()" in line for line in told)
+    assert "wrong error" not in output
+    assert "[b\"from the child's own\", b'from the parent'] 0" in output
+    assert broker.log.count("Sending CONNACK to parent") == 1
+    assert "Received DISCONNECT from parent" in broker.log

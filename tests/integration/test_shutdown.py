@@ -1,0 +1,326 @@
+"""Shutting down: in time, whatever state the broker is in, and nothing is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tars_mqtt import ClosedError, ConnectionState
+from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, eventually
+from tests.support.port import HOST, free_port
+from tests.support.thread import in_thread
+
+SLACK = 1.5
+"""Seconds that a busy machine may take on top of the promised time."""
+
+
+@pytest.fixture
+def leak_check(make_client):
+    """Made when the test begins, behind the client's loop and before the client."""
+    return LeakCheck()
+
+
+def shut_down_in_time(client, timeout: float) -> float:
+    """Shut down, check that the time was kept, and return how long it took."""
+    started = time.monotonic()
+    client.shutdown(timeout=timeout)
+    duration = time.monotonic() - started
+    assert duration < timeout + SLACK
+    assert client.state is ConnectionState.CLOSED
+    return duration
+
+
+# -- a broker that answers ----------------------------------------------------------------------
+
+
+def test_shutdown_flushes_says_goodbye_and_leaves_nothing(make_client, broker, leak_check):
+    client = make_client(broker.url)
+    client.connect()
+    receipts = [client.submit_event("a", "n", number, qos=1 + number % 2) for number in range(200)]
+    shut_down_in_time(client, 10)
+    leak_check.assert_clean()
+    for receipt in receipts:
+        assert receipt.result(0) == receipt.envelope_id
+    eventually(lambda: "Received DISCONNECT" in broker.log)
+    assert client.stats().dropped == {}
+    assert client.stats().queued == 0
+
+
+def test_shutdown_hands_qos_0_to_the_network(make_client, broker):
+    received = []
+    other = make_client(broker.url)
+    other.subscribe("a", received.append)
+    other.connect()
+    client = make_client(broker.url)
+    client.connect()
+    for number in range(500):
+        client.publish("a", b"%d" % number)
+    client.shutdown()
+    eventually(lambda: len(received) == 500)
+
+
+def test_shutdown_lets_handlers_finish_and_acknowledges_what_they_did(make_client, broker):
+    """What they publish on the way out goes out as well."""
+    started = threading.Event()
+    client = make_client(broker.url, "me")
+
+    def handler(payload) -> None:
+        started.set()
+        time.sleep(0.3)
+        client.publish("done", payload, qos=1)
+
+    client.subscribe("work", handler, 1)
+    client.connect()
+    client.publish("work", b"x", qos=1)
+    assert started.wait(5)
+    client.shutdown()
+    assert client.stats().handled == 1
+    assert broker.log.index("PUBLISH from me (d0, q1, r0, m16385, 'done'") < broker.log.index(
+        "Received PUBACK from me"
+    )
+
+
+def test_shutdown_ends_an_iteration(make_client, shared_broker, unique):
+    client = make_client(shared_broker.url)
+    client.connect()
+    messages = client.messages(unique)
+    client.publish(unique, b"one", qos=1)
+    ending = in_thread(lambda: [message.payload for message in messages])
+    eventually(lambda: client.stats().messages_in == 1 or ending.done() or client.publish(unique, b"one"))
+    client.shutdown()
+    assert set(ending.result(5)) == {b"one"}
+
+
+# -- a broker that does not -----------------------------------------------------------------------
+
+
+def freeze(broker, proxy) -> None:
+    broker.freeze()
+
+
+def kill(broker, proxy) -> None:
+    broker.kill()
+
+
+def blackhole(broker, proxy) -> None:
+    proxy.stall()
+
+
+@pytest.mark.parametrize("trouble", [freeze, kill, blackhole])
+@pytest.mark.parametrize("timeout", [1.0, 0.0])
+def test_shutdown_keeps_to_its_time_when_nobody_answers(
+    make_client, broker, leak_check, caplog, trouble, timeout
+):
+    """What could not be flushed is counted and logged, and its receipts fail."""
+    with FaultProxy(broker.url) as proxy:
+        check = LeakCheck()
+        client = make_client(proxy.url, enable_health=True, reconnect_min_delay=0.1)
+        client.subscribe("a", print, 1)
+        client.connect()
+        eventually(lambda: client.stats().acknowledged == 1)
+        trouble(broker, proxy)
+        receipts = [client.submit_event("a", "n", number, qos=1) for number in range(10)]
+        duration = shut_down_in_time(client, timeout)
+        if broker.running:
+            broker.thaw()
+        proxy.cut()
+        check.assert_clean()
+    assert duration > 0.5 * timeout  # it did try
+    for receipt in receipts:
+        with pytest.raises(ClosedError, match="before the broker acknowledged"):
+            receipt.result(0)
+    assert client.stats().dropped["shutdown"] >= 10
+    assert "did not acknowledge" in caplog.text
+
+
+def test_shutdown_of_an_idle_client_does_not_wait_for_a_dead_broker(make_client, broker, leak_check):
+    """With nothing to flush there is nothing to wait for."""
+    client = make_client(broker.url, enable_health=True)
+    client.connect()
+    eventually(lambda: client.stats().acknowledged == 1)
+    broker.kill()
+    eventually(lambda: not client.connected)
+    assert shut_down_in_time(client, 20) < 5.0
+    leak_check.assert_clean()
+
+
+def test_shutdown_in_the_middle_of_a_reconnect_that_nobody_answers(make_client, broker, leak_check):
+    with FaultProxy(broker.url) as proxy:
+        check = LeakCheck()
+        client = make_client(proxy.url)
+        client.connect()
+        proxy.stall()
+        proxy.cut()
+        eventually(lambda: proxy.connections >= 2)
+        assert shut_down_in_time(client, 20) < 5.0
+        proxy.cut()
+        check.assert_clean()
+
+
+# -- handlers that do not return ------------------------------------------------------------------
+
+
+def test_a_handler_that_does_not_return_is_named_and_left_behind(make_client, shared_broker, unique, caplog):
+    release, started = threading.Event(), threading.Event()
+
+    def stuck(payload) -> None:
+        started.set()
+        release.wait(30)
+
+    client = make_client(shared_broker.url)
+    client.subscribe(unique, stuck, 1)
+    client.connect()
+    client.publish(unique, b"", qos=1)
+    assert started.wait(5)
+    try:
+        shut_down_in_time(client, 0.5)
+        assert "handlers still run" in caplog.text
+    finally:
+        release.set()
+
+
+def test_shutdown_from_a_handler(make_client, broker, leak_check):
+    """The handler that asks for it cannot be waited for, and is not."""
+    client = make_client(broker.url, shutdown_timeout=10)
+    duration = []
+
+    def handler(payload) -> None:
+        started = time.monotonic()
+        client.shutdown()
+        duration.append(time.monotonic() - started)
+
+    client.subscribe("stop", handler, 1)
+    client.connect()
+    client.publish("stop", b"")
+    eventually(lambda: duration)
+    assert duration[0] < 5.0
+    assert client.state is ConnectionState.CLOSED
+    leak_check.assert_clean()
+
+
+def test_shutdown_from_a_handler_while_another_thread_shuts_down(make_client, broker, leak_check):
+    """The two do not wait for each other."""
+    started, go_on = threading.Event(), threading.Event()
+    client = make_client(broker.url, shutdown_timeout=10)
+
+    def handler(payload) -> None:
+        started.set()
+        go_on.wait(10)
+        client.shutdown()
+
+    client.subscribe("stop", handler, 1)
+    client.connect()
+    client.publish("stop", b"", qos=1)
+    assert started.wait(5)
+    ending = in_thread(client.shutdown)
+    eventually(lambda: client.state is ConnectionState.CLOSING)
+    go_on.set()
+    ending.result(5)
+    assert client.state is ConnectionState.CLOSED
+    leak_check.assert_clean()
+
+
+# -- at any time ----------------------------------------------------------------------------------
+
+
+def test_shutdown_twice_and_before_any_connect(make_client, broker, leak_check):
+    client = make_client(broker.url)
+    for _ in range(2):
+        assert shut_down_in_time(client, 5) < 2.0
+    client.connect()
+    for _ in range(2):
+        assert shut_down_in_time(client, 5) < 2.0
+    leak_check.assert_clean()
+    eventually(lambda: broker.log.count("Received DISCONNECT") == 1)
+
+
+def test_a_client_that_is_never_used_holds_nothing(make_client, leak_check):
+    make_client("mqtt://127.0.0.1")
+    assert leak_check.leaks() == []
+
+
+def test_shutdown_while_connect_waits_ends_both(make_client, leak_check):
+    """connect() does not sit out its time, and says why it ended."""
+    client = make_client(f"mqtt://{HOST}:{free_port()}")
+    connecting = in_thread(client.connect, timeout=20)
+    eventually(lambda: client.stats().last_error)
+    assert shut_down_in_time(client, 10) < 5.0
+    with pytest.raises(ClosedError, match="shut down"):
+        connecting.result(5)
+    assert client.state is ConnectionState.CLOSED
+    leak_check.assert_clean()
+
+
+def test_shutdown_while_the_broker_thinks_about_connect(make_client, leak_check):
+    with ScriptedBroker(lambda connection: connection.hold()) as broker:
+        client = make_client(broker.url)
+        connecting = in_thread(client.connect, timeout=20)
+        broker.wait_for(PacketType.CONNECT)
+        assert shut_down_in_time(client, 10) < 5.0
+        with pytest.raises(ClosedError, match="shut down"):
+            connecting.result(5)
+
+
+def test_shutdown_from_several_threads_at_once(make_client, broker, leak_check):
+    client = make_client(broker.url)
+    client.connect()
+    receipts = [client.submit_event("a", "n", number, qos=1) for number in range(100)]
+    for outcome in [in_thread(client.shutdown) for _ in range(8)]:
+        outcome.result(10)
+    assert client.state is ConnectionState.CLOSED
+    assert all(receipt.exception(0) is None for receipt in receipts)
+    leak_check.assert_clean()
+
+
+def test_shutdown_while_others_publish(make_client, broker, leak_check):
+    """Each message was acknowledged, or its publisher was told; nobody hangs."""
+    client = make_client(broker.url)
+    client.connect()
+    published = []
+
+    def publish() -> int:
+        count = 0
+        while True:
+            try:
+                client.publish("a", b"", qos=1, timeout=10)
+            except ClosedError:
+                return count
+            count += 1
+            published.append(None)
+
+    publishers = [in_thread(publish) for _ in range(4)]
+    eventually(lambda: len(published) > 20)
+    client.shutdown()
+    assert sum(publisher.result(5) for publisher in publishers) == client.stats().acknowledged
+    leak_check.assert_clean()
+
+
+def test_after_shutdown_calls_say_what_to_do(make_client, broker):
+    client = make_client(broker.url, enable_health=True)
+    client.connect()
+    client.shutdown()
+    for call in (
+        lambda: client.publish("a", b""),
+        lambda: client.publish("a", b"", qos=1),
+        lambda: client.publish_event("a", "b", None),
+        lambda: client.submit_event("a", "b", None, qos=2),
+        lambda: client.publish_health(True),
+    ):
+        with pytest.raises(ClosedError, match=r"call connect\(\) to use it again"):
+            call()
+
+
+def test_an_error_in_the_with_body_shuts_down_and_passes_through(make_client, broker, leak_check):
+    client = make_client(broker.url)
+    with pytest.raises(LookupError, match="mine"), client:
+        raise LookupError("mine")
+    assert client.state is ConnectionState.CLOSED
+    leak_check.assert_clean()
+
+
+def test_wait_connected_gives_up_when_the_client_is_shut_down(make_client):
+    client = make_client(f"mqtt://{HOST}:{free_port()}")
+    client.shutdown()
+    assert client.wait_connected(0.1) is False
