@@ -168,7 +168,9 @@ class MQTTClient:
             timeout: Seconds; ``None`` waits for ever, ``0`` does not wait.
         """
         self._engine.check()
-        return self._engine.state.wait(lambda state: state is ConnectionState.CONNECTED, seconds(timeout, 0.0))
+        return self._engine.state.wait(
+            lambda state: state is ConnectionState.CONNECTED, seconds(timeout, 0.0)
+        )
 
     @property
     def connected(self) -> bool:
@@ -361,7 +363,8 @@ class MQTTClient:
         except TimeoutError:
             engine.unregister(registration)
             raise SubscribeError(
-                f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
+                f"the broker did not answer the subscription {topic!r} within {limit:g} s",
+                [(topic, "no answer")],
             ) from None
         except SubscribeError as error:
             engine.unregister(registration)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from tars_mqtt._core import wire
 from tars_mqtt.envelope import Envelope

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, MutableSequence, MutableSet, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import is_dataclass
@@ -37,7 +36,7 @@ def fit(data: Any, model: type[T]) -> T:
     validate = getattr(model, "model_validate", None)
     try:
         instance: T = validate(data) if callable(validate) else converter.structure(data, model)
-    except Exception as error:  # noqa: BLE001 - whatever a validator of the model raises
+    except Exception as error:
         # The original may quote the value, so it is not chained.
         problem = _misfit(error)
     else:

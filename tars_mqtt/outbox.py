@@ -227,7 +227,9 @@ class Outbox:
             if wal.exists():
                 wal.rename(aside.with_name(aside.name + "-wal"))
         except OSError as error:
-            raise OutboxError(f"the outbox {str(self.path)!r} is damaged and cannot be moved: {error}") from error
+            raise OutboxError(
+                f"the outbox {str(self.path)!r} is damaged and cannot be moved: {error}"
+            ) from error
         return aside
 
     def _refused(self, error: sqlite3.Error) -> OutboxError:
@@ -235,7 +237,9 @@ class Outbox:
             return OutboxError(
                 f"the outbox {str(self.path)!r} is in use by another process: give each process a file of its own"
             )
-        return OutboxError(f"the outbox {str(self.path)!r} cannot be opened: {error}; check the path and its rights")
+        return OutboxError(
+            f"the outbox {str(self.path)!r} cannot be opened: {error}; check the path and its rights"
+        )
 
     # -- group commit -------------------------------------------------------------------------
 

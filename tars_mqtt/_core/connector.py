@@ -151,7 +151,9 @@ class Connector:
         try:
             connack, events = self._await_connack(answer_by, interrupted)
         except TLSAlertError as error:
-            raise TLSFailedError(f"no trusted connection to {url}: {explain(error.error, url, config)}") from error
+            raise TLSFailedError(
+                f"no trusted connection to {url}: {explain(error.error, url, config)}"
+            ) from error
         except (ConnectionLostError, wire.MalformedPacketError) as error:
             if config.protocol == "auto" and url not in self._spoken:
                 raise VersionRefusedError(str(error)) from None
@@ -159,9 +161,7 @@ class Connector:
         _check(connack, url)
         return Connection(url=url, version=version, connack=connack, events=events)
 
-    def _await_connack(
-        self, deadline: float, interrupted: Callable[[], bool]
-    ) -> tuple[Connack, list[Event]]:
+    def _await_connack(self, deadline: float, interrupted: Callable[[], bool]) -> tuple[Connack, list[Event]]:
         while True:
             self._transport.acknowledge_wake()
             if interrupted():

@@ -6,7 +6,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import attrs
@@ -115,9 +115,9 @@ class Dispatcher:
 
     def submit(self, batches: Mapping[Consumer, list[Delivery]]) -> None:
         """Take a burst as it came from the broker. Network thread; does not block."""
+        starts: list[Consumer] = []
         late: list[Delivery] = []
         excess: list[Delivery] = []
-        starts: list[Consumer] = []
         with self._lock:
             for consumer, deliveries in batches.items():
                 if consumer.closed:
@@ -127,29 +127,25 @@ class Dispatcher:
                 self._pending += len(deliveries)
                 if self._pending > self._max_pending:
                     excess += self._shed(consumer)
-                while consumer.tokens < consumer.limit and consumer.offered < len(consumer.lane):
-                    consumer.tokens += 1
-                    consumer.offered += 1
-                    starts.append(consumer)
-                if not consumer.limit:
-                    self._changed.notify_all()
+                starts += self._offer(consumer)
         for consumer in starts:
             self._start(consumer)
         for consumer in batches:
             if consumer.arrived is not None:
                 consumer.arrived()
-        if late:
-            self._give_up(late, "unsubscribed")
-        if excess:
-            self._give_up(excess, "max_pending")
-            total = self._overflow.admit(len(excess))
-            if total:
-                logger.warning(
-                    "dropped %d incoming messages of QoS 0: more than max_pending=%d wait for handlers",
-                    total,
-                    self._max_pending,
-                    extra={"client_id": self._client_id},
-                )
+        self._give_up(late, "unsubscribed")
+        self._give_up(excess, "max_pending")
+
+    def _offer(self, consumer: Consumer) -> list[Consumer]:
+        """Name *consumer* once for each burst that may begin. Holds the lock."""
+        if not consumer.limit:
+            self._changed.notify_all()
+        starts = []
+        while consumer.tokens < consumer.limit and consumer.offered < len(consumer.lane):
+            consumer.tokens += 1
+            consumer.offered += 1
+            starts.append(consumer)
+        return starts
 
     def _shed(self, consumer: Consumer) -> list[Delivery]:
         """Give up the oldest of QoS 0, where most of them wait. Holds the lock."""
@@ -169,11 +165,19 @@ class Dispatcher:
         return excess
 
     def _give_up(self, deliveries: list[Delivery], reason: str) -> None:
-        if deliveries:
-            self._counters.drop(reason, len(deliveries))
-        # Each has to be told; a generator inside any() would stop at the first.
-        if any([delivery.done() for delivery in deliveries]):
-            self._acknowledge()
+        if not deliveries:
+            return
+        self._counters.drop(reason, len(deliveries))
+        for delivery in deliveries:
+            self._over(delivery)
+        total = self._overflow.admit(len(deliveries)) if reason == "max_pending" else 0
+        if total:
+            logger.warning(
+                "dropped %d incoming messages of QoS 0: more than max_pending=%d wait for handlers",
+                total,
+                self._max_pending,
+                extra={"client_id": self._client_id},
+            )
 
     # -- life of a subclass -----------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class Dispatcher:
     # -- what a subclass's workers do -------------------------------------------------------
 
     def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
-        """Have one burst of *consumer* handled soon: *batch*, or what waits in its lane."""
+        """Have one burst of *consumer* handled soon; see `_begin` for *batch*."""
         raise NotImplementedError
 
     def _over(self, delivery: Delivery) -> None:
@@ -216,9 +220,15 @@ class Dispatcher:
             self._over(delivery)
         return delay
 
-    def _postpone(self, consumer: Consumer, batch: list[Delivery], delay: float) -> None:
-        """Go on with *batch* later, with the same token: its lane waits, so order is kept."""
-        self.timer.call_later(delay, lambda: self._start(consumer, batch))
+    def _postpone(
+        self, consumer: Consumer, done: list[Delivery], rest: list[Delivery], handled: int, delay: float
+    ) -> None:
+        """Go on with the rest of a burst later, with the same token: its lane waits, so order is kept."""
+        with self._changed:
+            self._handled += handled
+            self._pending -= len(done)
+            self._changed.notify_all()
+        self.timer.call_later(delay, lambda: self._start(consumer, rest))
 
     def _take(self, consumer: Consumer) -> list[Delivery]:
         with self._lock:
@@ -245,12 +255,9 @@ class Dispatcher:
                 consumer.tokens -= 1
             return False
 
-    def _finish_part(self, consumer: Consumer, done: list[Delivery], handled: int) -> None:
-        """Account for the first part of a burst whose rest is postponed."""
-        with self._changed:
-            self._handled += handled
-            self._pending -= len(done)
-            self._changed.notify_all()
+    def _begin(self, consumer: Consumer, postponed: list[Delivery] | None) -> Burst:
+        """What a worker does next: what had to wait for a retry, or what waits in the lane."""
+        return Burst(self, consumer, self._take(consumer) if postponed is None else postponed)
 
     # -- iterators --------------------------------------------------------------------------
 
@@ -279,5 +286,55 @@ class Dispatcher:
     def finished(self, consumer: Consumer, delivery: Delivery) -> None:
         """What `next` returned is handled."""
         self._finish(consumer, [delivery], 1, 0.0)
-        if delivery.done():
-            self._acknowledge()
+        self._over(delivery)
+
+
+class Burst:
+    """The deliveries that a worker handles in one go, and how they came out."""
+
+    def __init__(self, dispatcher: Dispatcher, consumer: Consumer, batch: list[Delivery]) -> None:
+        self._dispatcher = dispatcher
+        self._consumer = consumer
+        self._batch = batch
+        self._index = 0
+        self._handled = 0
+        self._postponed = False
+        self._started = time.monotonic()
+        in_work.set(len(batch))
+
+    def __iter__(self) -> Iterator[Delivery]:
+        """What is to be handled, one after the other; say how each `came_out`."""
+        dispatcher, batch = self._dispatcher, self._batch
+        for self._index, delivery in enumerate(batch):
+            if dispatcher.stopping:
+                # Not done, so not acknowledged: the broker delivers it to the next session.
+                dispatcher._counters.drop("shutdown", len(batch) - self._index)
+                return
+            if self._consumer.closed:
+                dispatcher._give_up(batch[self._index :], "unsubscribed")
+                return
+            yield delivery
+            if self._postponed:
+                return
+
+    def came_out(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Acknowledge, retry or bury."""
+        dispatcher = self._dispatcher
+        if outcome is Outcome.HANDLED or outcome is Outcome.SKIPPED:
+            self._handled += outcome is Outcome.HANDLED
+            if delivery.done():
+                dispatcher._acknowledge()
+            return
+        delay = dispatcher._after_failure(self._consumer, delivery, outcome)
+        if delay is not None:
+            self._postponed = True
+            done, rest = self._batch[: self._index], self._batch[self._index :]
+            dispatcher._postpone(self._consumer, done, rest, self._handled, delay)
+
+    def finish(self) -> bool:
+        """Account for it; True when the consumer has more for the same worker."""
+        in_work.set(0)
+        duration = time.monotonic() - self._started
+        return not self._postponed and self._dispatcher._finish(
+            self._consumer, self._batch, self._handled, duration
+        )

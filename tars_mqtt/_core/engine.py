@@ -298,7 +298,7 @@ class Engine:
             self.check()
         if qos == 0:
             receipt = PublishReceipt._settled(envelope_id, topic, 0)
-        elif qos == 1 or qos == 2:
+        elif qos in (1, 2):
             receipt = PublishReceipt(envelope_id, topic, qos)
         else:
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")

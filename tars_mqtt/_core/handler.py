@@ -65,13 +65,15 @@ def _first_annotation(handler: Handler) -> Any:
     except Exception as error:
         if first.annotation == "bytes":
             return bytes
-        raise TypeError(f"the handler's annotation {first.annotation!r} cannot be resolved: {error}") from error
+        raise TypeError(
+            f"the handler's annotation {first.annotation!r} cannot be resolved: {error}"
+        ) from error
 
 
 def is_coroutine_function(handler: Handler) -> bool:
     """Whether calling *handler* gives a coroutine, also for objects with an ``async def __call__``."""
     # A decorator may make a coroutine function of a plain one, or pass on the coroutine of what it wraps.
-    candidates = (handler, inspect.unwrap(handler), getattr(type(handler), "__call__", None))
+    candidates = (handler, inspect.unwrap(handler), getattr(type(handler), "__call__", None))  # noqa: B004
     return any(map(inspect.iscoroutinefunction, candidates)) or (
         hasattr(handler, "func") and is_coroutine_function(handler.func)
     )

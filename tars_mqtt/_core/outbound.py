@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -329,7 +328,9 @@ class Outbound:
         if lost:
             self._counters.drop("connection_lost", lost)
             logger.warning(
-                "lost up to %d messages of QoS 0 with the connection", lost, extra={"client_id": self._client_id}
+                "lost up to %d messages of QoS 0 with the connection",
+                lost,
+                extra={"client_id": self._client_id},
             )
 
     def _blame(self) -> None:
@@ -457,7 +458,9 @@ class Outbound:
         """Why this broker would end the connection over this message, if it would."""
         limits = self._limits
         if limits.maximum_packet_size is not None and packet_bytes > limits.maximum_packet_size:
-            return f"packet too large: {packet_bytes:,} bytes, the broker takes {limits.maximum_packet_size:,}"
+            return (
+                f"packet too large: {packet_bytes:,} bytes, the broker takes {limits.maximum_packet_size:,}"
+            )
         if message.qos > limits.maximum_qos:
             return f"QoS not supported: the broker takes QoS {limits.maximum_qos} at most"
         if message.retain and not limits.retain_available:

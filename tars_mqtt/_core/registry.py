@@ -64,8 +64,10 @@ class Registry:
         self.router: Router[FilterEntry] = Router()
 
     def next_identity(self, topic_filter: str) -> str:
-        """A name for a registration to come: never used twice, and the same in each run of a service
-        that subscribes in the same order."""
+        """A name for a registration to come, never used twice.
+
+        It is the same in each run of a service that subscribes in the same order.
+        """
         with self._lock:
             self._uses[topic_filter] += 1
             return f"{topic_filter}#{self._uses[topic_filter]}"

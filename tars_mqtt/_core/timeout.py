@@ -32,6 +32,8 @@ def seconds(timeout: Timeout, setting: float) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
-        raise ValueError(f"timeout must be a number of seconds, at least 0, or None for ever, not {timeout!r}")
+        raise ValueError(
+            f"timeout must be a number of seconds, at least 0, or None for ever, not {timeout!r}"
+        )
     # Conditions overflow on infinity and on some thousand years.
     return None if math.isinf(timeout) or timeout > 1e6 else float(timeout)

@@ -117,27 +117,30 @@ def _bad_file(name: str, path: str | os.PathLike[str] | None, reason: str) -> TL
 def explain(error: ssl.SSLError, url: BrokerURL, config: MQTTClientConfig) -> str:
     """Say in one sentence what went wrong, and for which host or file."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        message = error.verify_message
-        trusted = f"tls_ca {os.fspath(config.tls_ca)!r}" if config.tls_ca else "the system's CAs"
-        match error.verify_code:
-            case 10:
-                return f"the certificate of {url.host} has expired"
-            case 9:
-                return f"the certificate of {url.host} is not valid yet"
-            case 62 | 64:
-                return f"the certificate is for another host than {url.host}"
-            case 18 | 19 | 20 | 21:
-                return f"the certificate of {url.host} is not signed by {trusted} ({message})"
-        return f"the certificate of {url.host} is not trusted: {message}"
+        return _explain_verdict(error, url.host, config)
     reason = error.reason or str(error)
-    if "ALERT" in reason:
-        shown = f"our certificate {os.fspath(config.tls_cert)!r}" if config.tls_cert else "no certificate of ours"
-        if "EXPIRED" in reason:
-            return f"the broker refused {shown}: it has expired"
-        if "CERTIFICATE_REQUIRED" in reason:
-            return "the broker asks for a client certificate: set tls_cert and tls_key"
-        if any(word in reason for word in _OURS):
-            return f"the broker refused {shown} ({reason.lower().replace('_', ' ')}): check tls_cert and tls_key"
+    words = reason.lower().replace("_", " ")
+    shown = f"our certificate {os.fspath(config.tls_cert)!r}" if config.tls_cert else "the connection"
+    if "CERTIFICATE_REQUIRED" in reason:
+        return "the broker asks for a client certificate: set tls_cert and tls_key"
+    if "ALERT" in reason and "EXPIRED" in reason:
+        return f"the broker refused {shown}: it has expired"
+    if "ALERT" in reason and any(word in reason for word in _OURS):
+        return f"the broker refused {shown} ({words}): check tls_cert and tls_key"
     if "WRONG_VERSION_NUMBER" in reason or "HTTP_REQUEST" in reason:
         return "the peer does not speak TLS: check scheme and port of mqtt_url"
-    return f"the handshake failed: {reason.lower().replace('_', ' ')}"
+    return f"the handshake failed: {words}"
+
+
+def _explain_verdict(error: ssl.SSLCertVerificationError, host: str, config: MQTTClientConfig) -> str:
+    trusted = f"tls_ca {os.fspath(config.tls_ca)!r}" if config.tls_ca else "the system's CAs"
+    match error.verify_code:
+        case 9:
+            return f"the certificate of {host} is not valid yet"
+        case 10:
+            return f"the certificate of {host} has expired"
+        case 18 | 19 | 20 | 21:
+            return f"the certificate of {host} is not signed by {trusted} ({error.verify_message})"
+        case 62 | 64:
+            return f"the certificate is for another host than {host}"
+    return f"the certificate of {host} is not trusted: {error.verify_message}"

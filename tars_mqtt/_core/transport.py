@@ -37,13 +37,13 @@ from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
 __all__ = [
-    "ConnectRequest",
+    "LAST_PAHO_PACKET_ID",
     "Connack",
+    "ConnectRequest",
     "ConnectionLostError",
     "Goodbye",
     "HungUpError",
     "Interrupted",
-    "LAST_PAHO_PACKET_ID",
     "Packets",
     "SilenceError",
     "Suback",
@@ -498,9 +498,7 @@ class Transport:
         if first == 0x20 and len(self._events) == known and len(body) == 2:
             # paho reports neither a refused protocol version of MQTT 3.1.1 nor a CONNACK in the
             # old form that answers a CONNECT of MQTT 5: both mean that the version is not spoken.
-            self._events.append(
-                Connack(code=1, reason="unsupported protocol version", session_present=False)
-            )
+            self._events.append(Connack(code=1, reason="unsupported protocol version", session_present=False))
         elif first == 0x20 and len(self._events) == known and len(body) > 2 and body[1] >= 0x80:
             # Nor a refusal for a reason that it does not expect here.
             reason = wire.reason_name(wire.CONNACK, body[1]).lower()
@@ -548,10 +546,14 @@ class Transport:
     def _on_subscribe(self, _client: Any, _data: Any, packet_id: int, codes: Any, _properties: Any) -> None:
         self._events.append(Suback(packet_id, tuple(code.value for code in codes)))
 
-    def _on_unsubscribe(self, _client: Any, _data: Any, packet_id: int, _codes: Any, _properties: Any) -> None:
+    def _on_unsubscribe(
+        self, _client: Any, _data: Any, packet_id: int, _codes: Any, _properties: Any
+    ) -> None:
         self._events.append(Unsuback(packet_id))
 
-    def _on_disconnect(self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
+    def _on_disconnect(
+        self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, _properties: Any
+    ) -> None:
         if flags.is_disconnect_packet_from_server:
             self._events.append(Goodbye(reason.value, str(reason).lower()))
 

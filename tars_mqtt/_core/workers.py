@@ -10,20 +10,19 @@ from collections.abc import Callable
 
 import attrs
 
-from tars_mqtt._core.dispatch import Consumer, Dispatcher, in_work
+from tars_mqtt._core.dispatch import Consumer, Dispatcher
 from tars_mqtt._core.lane import Delivery
-from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.stats import Counters
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
 
 @attrs.frozen
-class Burst:
-    """What a worker does next: a batch that had to wait, or what waits in the consumer's lane."""
+class Turn:
+    """A consumer's turn with a worker; see `Dispatcher._begin` for what is postponed."""
 
     consumer: Consumer
-    batch: list[Delivery] | None = None
+    postponed: list[Delivery] | None = None
 
 
 @attrs.define(eq=False)
@@ -65,7 +64,7 @@ class WorkerPool(Dispatcher):
         self._threads: set[threading.Thread] = set()
         self._stuck: set[threading.Thread] = set()
         self._busy = 0
-        self._ready: queue.SimpleQueue[Burst | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         with self._lock:
@@ -83,7 +82,7 @@ class WorkerPool(Dispatcher):
         with self._lock:
             self._busy += 1
             thread = self._another_thread()
-        self._ready.put(Burst(consumer, batch))
+        self._ready.put(Turn(consumer, batch))
         if thread is not None:
             thread.start()
 
@@ -97,11 +96,11 @@ class WorkerPool(Dispatcher):
         self._threads.add(thread)
         return thread
 
-    def _work(self, ready: queue.SimpleQueue[Burst | None]) -> None:
+    def _work(self, ready: queue.SimpleQueue[Turn | None]) -> None:
         this = threading.current_thread()
-        while (burst := ready.get()) is not None:
+        while (turn := ready.get()) is not None:
             try:
-                self._handle(burst, ready)
+                self._handle(turn, ready)
             except Exception:
                 logger.exception("internal error on a worker thread", extra={"client_id": self._client_id})
             if this in self._stuck:
@@ -114,49 +113,26 @@ class WorkerPool(Dispatcher):
         if last:
             self._tell_stuck(None)
 
-    def _handle(self, burst: Burst, ready: queue.SimpleQueue[Burst | None]) -> None:
-        consumer = burst.consumer
-        batch = self._take(consumer) if burst.batch is None else burst.batch
-        handle = consumer.handle
+    def _handle(self, turn: Turn, ready: queue.SimpleQueue[Turn | None]) -> None:
+        consumer = turn.consumer
+        handle, timeout = consumer.handle, consumer.recovery.timeout
         assert handle is not None
-        in_work.set(len(batch))
-        handled = 0
-        started = time.monotonic()
-        for index, delivery in enumerate(batch):
-            if self.stopping:
-                # Not done, so not acknowledged: the broker delivers it to the next session.
-                self._counters.drop("shutdown", len(batch) - index)
-                break
-            if consumer.closed:
-                self._give_up(batch[index:], "unsubscribed")
-                break
-            if consumer.recovery.timeout is None:
+        burst = self._begin(consumer, turn.postponed)
+        for delivery in burst:
+            if timeout is None:
                 outcome = handle(delivery)
             else:
-                watch = self._watch(consumer, delivery, consumer.recovery.timeout)
+                watch = self._watch(consumer, delivery, timeout)
                 outcome = handle(delivery)
                 if self._expired(watch):
                     return  # dealt with, and this thread replaced
-            if outcome is Outcome.HANDLED:
-                handled += 1
-            elif outcome is not Outcome.SKIPPED:
-                delay = self._after_failure(consumer, delivery, outcome)
-                if delay is not None:
-                    self._finish_part(consumer, batch[:index], handled)
-                    self._postpone(consumer, batch[index:], delay)
-                    self._idle()
-                    return
-                continue
-            if delivery.done():
-                self._acknowledge()
-        in_work.set(0)
-        if self._finish(consumer, batch, handled, time.monotonic() - started):
-            ready.put(Burst(consumer))
+            burst.came_out(delivery, outcome)
+        if burst.finish():
+            ready.put(Turn(consumer))
         else:
             self._idle()
 
     def _idle(self) -> None:
-        in_work.set(0)
         with self._lock:
             self._busy -= 1
 
@@ -190,7 +166,7 @@ class WorkerPool(Dispatcher):
         self._tell_stuck(watch.delivery.message.topic)
         delay = self._after_failure(watch.consumer, watch.delivery, outcome)
         if delay is not None:
-            self._postpone(watch.consumer, [watch.delivery], delay)
+            self._postpone(watch.consumer, [], [watch.delivery], 0, delay)
         elif self._finish(watch.consumer, [watch.delivery], 0, timeout):
             self._start(watch.consumer)
 

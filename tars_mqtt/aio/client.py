@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -342,7 +341,8 @@ class MQTTClient:
         loop = self._on_loop()
         started = loop.time()
         receipt = await self._admitted(
-            lambda: self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, 0.0), limit
+            lambda: self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, 0.0),
+            limit,
         )
         if qos:
             await receipt.result(_rest(limit, started, loop))
@@ -383,9 +383,7 @@ class MQTTClient:
         limit = seconds(timeout, self.config.publish_timeout)
         loop = self._on_loop()
         started = loop.time()
-        receipt = await self._admitted(
-            lambda: self._engine.submit(topic, payload, qos, retain, 0.0), limit
-        )
+        receipt = await self._admitted(lambda: self._engine.submit(topic, payload, qos, retain, 0.0), limit)
         await receipt.result(_rest(limit, started, loop))
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
@@ -457,7 +455,8 @@ class MQTTClient:
         except TimeoutError:
             engine.unregister(registration)
             raise SubscribeError(
-                f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
+                f"the broker did not answer the subscription {topic!r} within {limit:g} s",
+                [(topic, "no answer")],
             ) from None
         except SubscribeError as error:
             engine.unregister(registration)

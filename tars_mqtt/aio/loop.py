@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from tars_mqtt._core.dispatch import Consumer, in_work
+from tars_mqtt._core.dispatch import Burst, Consumer
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
@@ -126,48 +126,23 @@ class LoopDispatcher(WorkerPool):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, consumer: Consumer, batch: list[Delivery] | None) -> None:
+    async def _serve(self, consumer: Consumer, postponed: list[Delivery] | None) -> None:
         handler_task.set(asyncio.current_task())
-        while True:
-            if not await self._handle_on_loop(consumer, self._take(consumer) if batch is None else batch):
-                return
-            batch = None
+        while await self._handle_burst(self._begin(consumer, postponed), consumer):
+            postponed = None
             # A handler that never waits would keep the loop to itself.
             await asyncio.sleep(0)
 
-    async def _handle_on_loop(self, consumer: Consumer, batch: list[Delivery]) -> bool:
+    async def _handle_burst(self, burst: Burst, consumer: Consumer) -> bool:
         """Handle a burst; True when the consumer has more for the same task."""
         call = consumer.handle
         assert isinstance(call, CoroutineCall)
-        in_work.set(len(batch))
-        handled = 0
-        started = time.monotonic()
-        postponed = more = False
+        more = False
         try:
-            for index, delivery in enumerate(batch):
-                if self.stopping:
-                    # Not done, so not acknowledged: the broker delivers it to the next session.
-                    self._counters.drop("shutdown", len(batch) - index)
-                    break
-                if consumer.closed:
-                    self._give_up(batch[index:], "unsubscribed")
-                    break
-                outcome = await call.run(delivery, consumer.recovery.timeout)
-                if outcome is Outcome.HANDLED:
-                    handled += 1
-                elif outcome is not Outcome.SKIPPED:
-                    delay = self._after_failure(consumer, delivery, outcome)
-                    if delay is not None:
-                        postponed = True
-                        self._finish_part(consumer, batch[:index], handled)
-                        self._postpone(consumer, batch[index:], delay)
-                        return False
-                    continue
-                if delivery.done():
-                    self._acknowledge()
+            for delivery in burst:
+                burst.came_out(delivery, await call.run(delivery, consumer.recovery.timeout))
         finally:
-            if not postponed:
-                more = self._finish(consumer, batch, handled, time.monotonic() - started)
+            more = burst.finish()
         return more
 
     def stop(self, timeout: float) -> list[str]:

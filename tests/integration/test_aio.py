@@ -25,6 +25,7 @@ from tests.support.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from tests.support import Broker, FaultProxy
 
@@ -35,7 +36,7 @@ QUICK = {"reconnect_min_delay": 0.1, "reconnect_max_delay": 0.5, "shutdown_timeo
 async def until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
     """Like ``eventually``, without blocking the loop."""
     async with asyncio.timeout(timeout):
-        while not predicate():
+        while not predicate():  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.01)
 
 
@@ -45,7 +46,7 @@ class Ticker:
     def __init__(self) -> None:
         self.longest = 0.0
 
-    async def __aenter__(self) -> Ticker:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._tick())
         await asyncio.sleep(0)
         return self

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from tars_mqtt import (
-    ConfigError,
     ConnectError,
     ConnectionState,
     ConnectRefusedError,
@@ -314,9 +313,7 @@ def test_the_password_file_is_read_at_each_attempt(make_client, tmp_path):
 
 
 def test_a_password_file_that_is_not_there_is_no_reason_to_wait(make_client, tmp_path):
-    client = make_client(
-        f"mqtt://{HOST}:{free_port()}", username="me", password_file=tmp_path / "missing"
-    )
+    client = make_client(f"mqtt://{HOST}:{free_port()}", username="me", password_file=tmp_path / "missing")
     started = time.monotonic()
     with pytest.raises(ValueError, match="password_file"):
         client.connect(timeout=20)

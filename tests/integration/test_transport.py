@@ -15,7 +15,7 @@ from tests.support.port import HOST, free_port
 from tests.support.wait import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.support import Broker
@@ -63,7 +63,7 @@ class Doors:
 
 
 @pytest.fixture
-def doors(make_broker: Callable[..., Broker], certificates: Certificates, tmp_path: Path) -> Iterator[Doors]:
+def doors(make_broker: Callable[..., Broker], certificates: Certificates, tmp_path: Path) -> Doors:
     server = certificates.issue("server", "localhost")
     secured = [
         f"cafile {certificates.ca}",
@@ -72,7 +72,7 @@ def doors(make_broker: Callable[..., Broker], certificates: Certificates, tmp_pa
     ]
     ports = [free_port() for _ in range(4)]
     socket = str(tmp_path / "mosquitto.sock")
-    yield Doors(
+    return Doors(
         make_broker(
             [
                 f"listener {ports[0]} {HOST}",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from tars_mqtt._core import wire
 from tars_mqtt._core import inbound as inbound_module
+from tars_mqtt._core import wire
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.lane import Delivery, Fifo

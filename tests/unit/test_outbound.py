@@ -24,7 +24,9 @@ GRANTED = Connack(code=0, reason="", session_present=False)
 class Harness:
     """An `Outbound` with a network that keeps what is written to it."""
 
-    def __init__(self, max_inflight: int = 64, max_queued: int = 100, max_queued_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, max_inflight: int = 64, max_queued: int = 100, max_queued_bytes: int = 1 << 20
+    ) -> None:
         self.counters = Counters()
         self.wakes = 0
         self.outbound = Outbound(max_inflight, max_queued, max_queued_bytes, self.counters, self.wake)
@@ -217,7 +219,9 @@ def test_health_goes_first_and_needs_no_room() -> None:
 # -- waiting for room ---------------------------------------------------------------------
 
 
-def in_thread(outcomes: list[object], harness: Harness, timeout: float | None, qos: int = 1) -> threading.Thread:
+def in_thread(
+    outcomes: list[object], harness: Harness, timeout: float | None, qos: int = 1
+) -> threading.Thread:
     def submit() -> None:
         try:
             outcomes.append(harness.submit(b"late", qos=qos, timeout=timeout))
@@ -363,8 +367,12 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
 # -- the window ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("max_inflight", "receive_maximum", "window"), [(3, 65_535, 3), (64, 2, 2), (1, 10, 1)])
-def test_no_more_than_a_window_is_unacknowledged(max_inflight: int, receive_maximum: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("max_inflight", "receive_maximum", "window"), [(3, 65_535, 3), (64, 2, 2), (1, 10, 1)]
+)
+def test_no_more_than_a_window_is_unacknowledged(
+    max_inflight: int, receive_maximum: int, window: int
+) -> None:
     harness = Harness(max_inflight=max_inflight)
     harness.connect(receive_maximum=receive_maximum)
     messages = [harness.submit(b"%d" % number) for number in range(6)]
@@ -528,7 +536,11 @@ def test_what_was_interrupted_goes_again_first_in_order_marked_as_repetition() -
     harness.acknowledge(messages[1])
     harness.reconnect(resumed=True)
     again = harness.publishes()
-    assert [(publish.payload, publish.dup) for publish in again] == [(b"0", True), (b"2", True), (b"3", False)]
+    assert [(publish.payload, publish.dup) for publish in again] == [
+        (b"0", True),
+        (b"2", True),
+        (b"3", False),
+    ]
     assert [publish.packet_id for publish in again[:2]] == [ids[0], ids[2]]
     assert harness.counters.totals()["retried"] == 2
 

@@ -22,7 +22,9 @@ def added(registry: Registry, topic: str = "a/+", qos: int = 0) -> Registration:
 
 def test_identities_are_never_used_twice_and_are_the_same_in_each_run() -> None:
     """What deduplication remembers across restarts is found again by them."""
-    runs = [[registry.next_identity(topic) for topic in ("a", "b", "a")] for registry in (Registry(), Registry())]
+    runs = [
+        [registry.next_identity(topic) for topic in ("a", "b", "a")] for registry in (Registry(), Registry())
+    ]
     assert runs == [["a#1", "b#1", "a#2"]] * 2
 
 

@@ -131,7 +131,9 @@ def test_the_end_of_the_stream_is_a_lost_connection(pair) -> None:
         stream.receive()
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), OSError(113, "No route")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), OSError(113, "No route")]
+)
 def test_a_failing_socket_is_a_lost_connection(error: OSError) -> None:
     with pytest.raises(ConnectionLostError, match="reading failed: "):
         stream_over(error).receive()
@@ -204,7 +206,9 @@ def test_a_socket_that_takes_little_gets_every_byte_once() -> None:
 def test_very_much_is_sent_in_pieces_and_nothing_is_torn() -> None:
     sock = FakeSocket()
     stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
-    packets = [publish(bytes([number]) * size) for number, size in enumerate([200_000, 100_000, 300_000, 10, 20])]
+    packets = [
+        publish(bytes([number]) * size) for number, size in enumerate([200_000, 100_000, 300_000, 10, 20])
+    ]
     for packet in packets:
         stream.write(packet)
     assert stream.flush()

@@ -8,11 +8,11 @@ from urllib.parse import quote
 
 import pytest
 from hypothesis import assume, example, given
-from hypothesis import assume, strategies as st
+from hypothesis import strategies as st
 
 from tars_mqtt.url import BrokerURL, parse_urls
 
-SECRET = "Zq7hunter2Zq7"  # noqa: S105
+SECRET = "Zq7hunter2Zq7"
 
 
 @pytest.mark.parametrize(
