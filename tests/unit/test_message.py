@@ -1,0 +1,132 @@
+"""`Message` and `PublishReceipt`: what is shown, what is decoded, and that exactly one outcome wins."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+
+from tars_mqtt import AckTimeoutError, ClosedError, DecodeError, Envelope, Message, PublishReceipt
+from tests.support.wait import eventually
+
+
+def test_a_message_shows_no_payload() -> None:
+    message = Message("a/b", b"secret", 1, retain=True)
+    assert repr(message) == "<Message on 'a/b', 6 bytes, qos 1, retained>"
+
+
+def test_the_envelope_is_decoded_once() -> None:
+    envelope = Envelope.new("t", {"n": 1}, source="s")
+    message = Message("a", envelope.to_bytes())
+    assert message.envelope == envelope
+    assert message.envelope is message.envelope
+
+
+def test_what_cannot_be_decoded_raises_afresh_each_time() -> None:
+    """Each handler gets its own instance, and its own traceback."""
+    message = Message("a", b"no json")
+    errors = []
+    for _ in range(2):
+        with pytest.raises(DecodeError) as caught:
+            _ = message.envelope
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+    assert str(errors[0]) == str(errors[1])
+
+
+def test_properties_have_the_names_of_the_standard() -> None:
+    raw = b"\x03\x00\x04json" + b"\x08\x00\x05reply" + b"\x26\x00\x01k\x00\x01v"
+    properties = Message("a", b"", raw_properties=raw).properties
+    assert properties["content_type"] == "json"
+    assert properties["response_topic"] == "reply"
+    assert properties["user_properties"] == [("k", "v")]
+    assert dict(Message("a", b"").properties) == {}
+
+
+def test_a_receipt_is_done_once() -> None:
+    receipt = PublishReceipt("id", "a", 1)
+    assert not receipt.done()
+    receipt._settle()
+    receipt._fail(ClosedError("too late"))
+    assert receipt.done()
+    assert receipt.result(0) == "id"
+    assert receipt.exception(0) is None
+    assert not receipt.cancel()
+
+
+def test_waiting_in_vain_carries_the_receipt() -> None:
+    receipt = PublishReceipt("id", "a", 1)
+    for wait in (0, 0.01):
+        with pytest.raises(AckTimeoutError) as caught:
+            receipt.result(wait)
+        assert caught.value.receipt is receipt
+    receipt._settle()
+    assert receipt.result(0) == "id"
+
+
+def test_each_waiter_gets_its_own_error() -> None:
+    receipt = PublishReceipt("id", "a", 1)
+    receipt._fail(ClosedError("gone"))
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ClosedError, match="gone") as caught:
+            receipt.result(0)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+    assert errors[0].__cause__ is receipt.exception(0)
+
+
+def test_it_can_be_taken_back_until_it_is_sent() -> None:
+    unsent, sent = PublishReceipt("1", "a", 1), PublishReceipt("2", "a", 1)
+    assert sent._mark_sent()
+    assert unsent.cancel()
+    assert unsent.cancelled()
+    assert not sent.cancel()
+    assert not unsent._mark_sent()
+    with pytest.raises(CancelledError):
+        unsent.result(0)
+    assert sent._mark_sent(), "a repetition is no new message"
+
+
+def test_callbacks_are_called_once_whenever_they_come() -> None:
+    receipt = PublishReceipt("id", "a", 1)
+    told: list[str] = []
+    receipt._add_done_callback(lambda _: told.append("early"))
+    receipt._mark_sent()
+    assert told == []
+    receipt._settle()
+    receipt._add_done_callback(lambda _: told.append("late"))
+    assert told == ["early", "late"]
+
+
+def test_a_thread_that_waits_is_woken() -> None:
+    receipt = PublishReceipt("id", "a", 1)
+    results: list[str | None] = []
+    threads = [threading.Thread(target=lambda: results.append(receipt.result(10))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: receipt._callbacks is not None and len(receipt._callbacks) == 5)
+    receipt._settle()
+    for thread in threads:
+        thread.join(10)
+    assert results == ["id"] * 5
+
+
+def test_one_of_cancel_and_send_wins() -> None:
+    """Both come at the same moment, hundreds of times: never both, never neither."""
+    for _ in range(300):
+        receipt = PublishReceipt("id", "a", 1)
+        start = threading.Barrier(2)
+        outcome: dict[str, bool] = {}
+
+        def cancel(receipt: PublishReceipt = receipt, start: threading.Barrier = start) -> None:
+            start.wait()
+            outcome["cancelled"] = receipt.cancel()
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        start.wait()
+        sent = receipt._mark_sent()
+        thread.join()
+        assert sent != outcome["cancelled"]

@@ -1,0 +1,143 @@
+"""`Outbox`: what is on disk when a call returns, in which order, and what becomes of a bad file."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tars_mqtt import OutboxError
+from tars_mqtt.outbox import Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "outbox.db"
+
+
+@pytest.fixture
+def outbox(path: Path) -> Iterator[Outbox]:
+    outbox = Outbox(path)
+    yield outbox
+    outbox.close()
+
+
+def store(outbox: Outbox, payload: bytes = b"x") -> int:
+    numbers: list[int] = []
+    outbox.store(b"a/b", payload, 1, False, "id", numbers.append)
+    return numbers[0]
+
+
+def test_messages_come_back_in_order_after_the_number_asked_for(outbox: Outbox) -> None:
+    numbers = [store(outbox, bytes([n])) for n in range(10)]
+    assert numbers == sorted(numbers)
+    rows = outbox.fetch(numbers[2], 4)
+    assert [row.payload for row in rows] == [b"\x03", b"\x04", b"\x05", b"\x06"]
+    assert (rows[0].topic, rows[0].qos, rows[0].retain, rows[0].envelope_id) == (b"a/b", 1, False, "id")
+
+
+def test_what_was_stored_is_there_after_a_kill(path: Path) -> None:
+    """``kill -9`` right after the call returned, and the next process finds the message."""
+    script = (
+        "import os, sys; from tars_mqtt.outbox import Outbox; outbox = Outbox(sys.argv[1])\n"
+        "outbox.store(b'a', b'safe', 1, True, None, lambda number: None)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    outbox = Outbox(path)
+    assert [(row.payload, row.retain) for row in outbox.fetch(0, 10)] == [(b"safe", True)]
+    outbox.close()
+
+
+def test_what_was_discarded_is_gone_and_the_rest_stays(outbox: Outbox) -> None:
+    numbers = [store(outbox, b"12345") for _ in range(4)]
+    outbox.discard(numbers[0])
+    outbox.discard(numbers[2])
+    assert outbox.totals() == (4, 32)
+    outbox.prune()
+    assert outbox.totals() == (2, 16)
+    assert [row.number for row in outbox.fetch(0, 10)] == [numbers[1], numbers[3]]
+
+
+def test_numbers_are_not_used_again(outbox: Outbox) -> None:
+    """A deleted message's number must not make a newer one look older than it is."""
+    first = store(outbox)
+    outbox.discard(first)
+    outbox.prune()
+    assert store(outbox) > first
+
+
+def test_threads_share_commits_and_numbers_come_in_order(outbox: Outbox) -> None:
+    order: list[int] = []
+
+    def work() -> None:
+        for _ in range(50):
+            outbox.store(b"a", b"x", 1, False, None, order.append)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == sorted(order)
+    assert outbox.totals()[0] == len(order) == 400
+
+
+def test_a_second_user_of_the_file_is_refused(outbox: Outbox, path: Path) -> None:
+    with pytest.raises(OutboxError, match="in use by another process"):
+        Outbox(path)
+    script = "import sys; from tars_mqtt.outbox import Outbox; Outbox(sys.argv[1])"
+    other = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False
+    )
+    assert "in use by another process" in other.stderr
+
+
+def test_a_damaged_file_is_set_aside_and_reported(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.write_bytes(b"this was a database once" * 100)
+    with caplog.at_level(logging.ERROR):
+        outbox = Outbox(path)
+    assert outbox.totals() == (0, 0)
+    store(outbox)
+    outbox.close()
+    (aside,) = path.parent.glob("outbox.db.damaged-*")
+    assert aside.read_bytes().startswith(b"this was a database once")
+    assert aside.name in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(OutboxError, match="cannot be opened"):
+        Outbox(tmp_path / "missing" / "outbox.db")
+
+
+def test_a_full_disk_is_an_error_and_nothing_is_taken(outbox: Outbox) -> None:
+    """SQLite's own limit on the number of pages stands for the disk."""
+    store(outbox)
+    (pages,) = outbox._connection.execute("PRAGMA page_count").fetchone()
+    outbox._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OutboxError, match=r"full; free some space"):
+        store(outbox, b"x" * 1_000_000)
+    assert outbox.totals()[0] == 1
+    outbox._connection.execute("PRAGMA max_page_count = 1000000")
+    store(outbox, b"x" * 1_000_000)
+    assert outbox.totals()[0] == 2
+
+
+def test_keys_are_remembered_for_their_time(path: Path) -> None:
+    now = 1000.0
+    outbox = Outbox(path, wall_clock=lambda: now)
+    outbox.remember("short", 10)
+    outbox.remember("long", 100)
+    outbox.close()
+    now = 1050.0
+    outbox = Outbox(path, wall_clock=lambda: now)
+    assert outbox.remembered(10) == [("long", 50.0)]
+    outbox.close()
