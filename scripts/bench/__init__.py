@@ -1,0 +1,1 @@
+"""Measures this package and the other MQTT clients for Python on identical work; see ``run --help``."""
