@@ -142,8 +142,10 @@ def test_every_setting_has_a_variable() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [*((text, True) for text in ("true", "TRUE", "1", "yes", "On"))]
-    + [*((text, False) for text in ("false", "0", "NO", "off"))],
+    [
+        *((text, True) for text in ("true", "TRUE", "1", "yes", "On")),
+        *((text, False) for text in ("false", "0", "NO", "off")),
+    ],
 )
 def test_booleans_are_read_in_every_usual_way(text: str, value: bool) -> None:
     environ = {"MQTT_URL": URL, "MQTT_CLIENT_ID": "c", "MQTT_ENABLE_HEALTH": text}

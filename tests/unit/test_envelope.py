@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import enum
@@ -296,10 +297,8 @@ def test_ten_megabytes_of_noise_are_refused_at_once() -> None:
 
 @given(st.binary(max_size=300))
 def test_no_bytes_do_anything_but_decode_or_be_refused(payload: bytes) -> None:
-    try:
+    with contextlib.suppress(DecodeError):
         Envelope.from_bytes(payload)
-    except DecodeError:
-        pass
 
 
 PLAIN = st.recursive(

@@ -118,15 +118,15 @@ def test_one_of_cancel_and_send_wins() -> None:
     for _ in range(300):
         receipt = PublishReceipt("id", "a", 1)
         start = threading.Barrier(2)
-        outcome: dict[str, bool] = {}
-
-        def cancel(receipt: PublishReceipt = receipt, start: threading.Barrier = start) -> None:
-            start.wait()
-            outcome["cancelled"] = receipt.cancel()
-
-        thread = threading.Thread(target=cancel)
+        cancelled: list[bool] = []
+        thread = threading.Thread(target=cancel_at, args=(start, receipt, cancelled))
         thread.start()
         start.wait()
         sent = receipt._mark_sent()
         thread.join()
-        assert sent != outcome["cancelled"]
+        assert cancelled == [not sent]
+
+
+def cancel_at(start: threading.Barrier, receipt: PublishReceipt, cancelled: list[bool]) -> None:
+    start.wait()
+    cancelled.append(receipt.cancel())
