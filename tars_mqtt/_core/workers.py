@@ -161,6 +161,10 @@ class WorkerPool(Dispatcher):
             self._threads.discard(watch.thread)
             self._stuck.add(watch.thread)
             self._busy -= 1
+            # Turns that were queued while all threads were taken wait for this one's successor.
+            successor = self._another_thread()
+        if successor is not None:
+            successor.start()
         assert watch.consumer.handle is not None
         outcome = watch.consumer.handle.timed_out(watch.delivery, timeout)
         self._tell_stuck(watch.delivery.message.topic)

@@ -1,0 +1,170 @@
+"""The durable outbox, and failover: what is accepted goes out, whatever dies."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tars_mqtt import ClosedError, ConnectError, Envelope, OutboxError, PublishRejectedError, QueueFullError
+from tests.support.port import HOST, free_port
+from tests.support.wait import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.support import Broker
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "outbox.db")
+
+
+def numbers(payloads: list[bytes]) -> list[int]:
+    return [int(re.search(rb'"data":(\d+)', payload)[1]) for payload in payloads]  # type: ignore[index]
+
+
+def test_a_backlog_goes_out_in_order_after_the_outage(make_client, broker: Broker, path: str) -> None:
+    """More than is held in memory at a time, through one file."""
+    received: list[bytes] = []
+    client = make_client(broker.url, outbox=path)
+    client.subscribe("a", received.append, 1)
+    client.connect()
+    broker.kill()
+    eventually(lambda: not client.connected)
+    receipts = [client.submit_event("a", "n", number, qos=1) for number in range(3000)]
+    assert client.stats().queued == 3000
+    broker.start()
+    eventually(lambda: len(received) == 3000, 30)
+    assert numbers(received) == list(range(3000))
+    assert receipts[-1].result(10) == receipts[-1].envelope_id
+    eventually(lambda: client.stats().queued == 0)
+
+
+def test_what_a_killed_process_had_accepted_goes_out_at_the_next_start(
+    make_client, broker: Broker, path: str
+) -> None:
+    """``kill -9`` of the publisher during an outage: in order, once each."""
+    received: list[bytes] = []
+    listener = make_client(broker.url)
+    listener.subscribe("a", received.append, 1)
+    listener.connect()
+    script = f"""
+import os
+from tars_mqtt import MQTTClient
+client = MQTTClient({broker.url!r}, "publisher", outbox={path!r})
+client.connect()
+client._engine._session.transport._stream._socket.shutdown(2)
+client._engine._outbound._window = 0
+for number in range(200):
+    client.submit_event("a", "n", number, qos=1)
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+    assert len(received) < 200
+    client = make_client(broker.url, client_id="publisher", outbox=path)
+    client.connect()
+    eventually(lambda: len(set(numbers(received))) == 200)
+    assert numbers(received)[-200:] == list(range(200))
+
+
+def test_what_shutdown_could_not_send_stays_in_the_file(make_client, broker: Broker, path: str) -> None:
+    received: list[bytes] = []
+    client = make_client(broker.url, outbox=path, shutdown_timeout=0.5)
+    client.connect()
+    broker.kill()
+    eventually(lambda: not client.connected)
+    receipt = client.submit_event("a", "n", 7, qos=1)
+    client.shutdown()
+    with pytest.raises(ClosedError, match="stays in the outbox"):
+        receipt.result(0)
+    broker.start()
+    heir = make_client(broker.url, outbox=path)
+    heir.subscribe("a", received.append, 1)
+    heir.connect()
+    eventually(lambda: numbers(received) == [7])
+
+
+def test_the_outbox_is_bounded_by_count_and_bytes(make_client, broker: Broker, path: str) -> None:
+    client = make_client(broker.url, outbox=path, outbox_max_messages=3, outbox_max_bytes=1000)
+    client.connect()
+    broker.freeze()
+    try:
+        with pytest.raises(QueueFullError):
+            client.publish("a", b"x" * 2000, qos=1)
+        for number in range(3):
+            client.submit_event("a", "n", number, qos=1)
+        with pytest.raises(QueueFullError):
+            client.submit_event("a", "n", 3, qos=1, timeout=0)
+    finally:
+        broker.thaw()
+
+
+def test_what_is_too_old_is_not_sent(make_client, broker: Broker, path: str) -> None:
+    client = make_client(broker.url, outbox=path, outbox_max_age=0.2)
+    client.connect()
+    broker.kill()
+    eventually(lambda: not client.connected)
+    old = client.submit_event("a", "n", 1, qos=1)
+    with pytest.raises(TimeoutError):
+        old.result(0.5)
+    broker.start()
+    with pytest.raises(PublishRejectedError, match="outbox_max_age"):
+        old.result(10)
+
+
+def test_two_clients_on_one_file_are_refused(make_client, broker: Broker, path: str) -> None:
+    make_client(broker.url, outbox=path).connect()
+    with pytest.raises(OutboxError, match="in use by another process"):
+        make_client(broker.url, outbox=path).connect()
+
+
+def test_what_was_handled_is_known_after_a_restart(make_client, broker: Broker, path: str) -> None:
+    """Effectively once: a redelivery after a restart is filtered, as it would have been before."""
+    handled: list[str] = []
+    envelope = Envelope.new("n", 1, source="s")
+    durable = {"outbox": path, "dedupe_durable": True, "dedupe_ttl": 60, "dedupe_max_entries": 10}
+    for _ in range(2):
+        client = make_client(broker.url, client_id="handler", **durable)
+        client.subscribe("a", lambda payload: handled.append(Envelope.from_bytes(payload).id), 1)
+        client.connect()
+        client.publish("a", envelope.to_bytes(), qos=1)
+        eventually(lambda client=client: client.stats().messages_in == 1 and not client.stats().pending)
+        client.shutdown()
+    assert handled == [envelope.id]
+
+
+# -- failover ---------------------------------------------------------------------------------------
+
+
+def test_brokers_are_tried_in_turn(make_client, make_broker: Callable[..., Broker]) -> None:
+    """The second takes over when the first dies; subscriptions and queue come along."""
+    first, second = make_broker(), make_broker()
+    received: list[bytes] = []
+    client = make_client(f"{first.url},{second.url}")
+    client.subscribe("a", received.append, 1)
+    client.connect()
+    first.kill()
+    eventually(lambda: not client.connected)
+    client.publish_event("a", "n", 1, qos=1)
+    eventually(lambda: numbers(received) == [1])
+    assert "New client connected" in second.log
+    second.kill()
+    first.start()
+    eventually(lambda: client.stats().connections == 3 and client.connected)
+    client.publish_event("a", "n", 2, qos=1)
+    eventually(lambda: numbers(received) == [1, 2])
+
+
+def test_the_error_names_every_broker_that_was_tried(make_client) -> None:
+    ports = free_port(), free_port()
+    client = make_client(",".join(f"mqtt://{HOST}:{port}" for port in ports))
+    with pytest.raises(ConnectError) as caught:
+        client.connect(timeout=0.5)
+    for port in ports:
+        assert str(port) in str(caught.value)
