@@ -142,4 +142,9 @@ def _environment(contender: Contender) -> dict[str, str]:
     scripts = str(Path(__file__).parents[1])
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [contender.path, scripts, *given]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    # Without the safe path, ``python -m`` looks into the working directory first: often a checkout of ours.
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONSAFEPATH": "1",
+    }

@@ -10,23 +10,24 @@ class Liveness:
     """When a connection last showed life. Owned by the network thread.
 
     The peer is asked for a sign of life after half of the shorter of *keepalive* and *patience*
-    without traffic in either direction, and given up after *patience* seconds without a byte.
+    without traffic in either direction, and given up after *patience* seconds without a sign of life: a
+    byte from it, or progress through a link that is full, where an answer waits behind a long message.
     """
 
     keepalive: float
     patience: float
     received: float
     sent: float
-    bytes_in: int = 0
+    signs_of_life: int = 0
     bytes_out: int = 0
     asked: float | None = None
     suspected: bool = False
     """Overdue at the last look: one more look at the socket comes before the verdict."""
 
-    def note(self, now: float, bytes_in: int, bytes_out: int) -> None:
-        """Take note of how many bytes came and went so far."""
-        if bytes_in != self.bytes_in:
-            self.bytes_in = bytes_in
+    def note(self, now: float, signs_of_life: int, bytes_out: int) -> None:
+        """Take note of how many signs of life there were, and how many bytes went, so far."""
+        if signs_of_life != self.signs_of_life:
+            self.signs_of_life = signs_of_life
             self.received = now
             self.suspected = False
         if bytes_out != self.bytes_out:

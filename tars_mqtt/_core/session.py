@@ -394,7 +394,7 @@ class Session:
         """Do what is due; return how many seconds may pass before the next look."""
         now = time.monotonic()
         liveness = self._liveness
-        liveness.note(now, *self.transport.traffic)
+        liveness.note(now, self.transport.signs_of_life, self.transport.traffic[1])
         congested = not self._v5 and self.inbound.unacknowledged >= self._config.max_pending
         self.transport.pause(congested)
         if congested:

@@ -56,7 +56,10 @@ class Stream:
         self._needed = 0
         self._outgoing: deque[bytes] = deque()
         self._unsent = memoryview(b"")
+        self._full = False
         self.outgoing_bytes = 0
+        self.drained_bytes = 0
+        """What the socket took after it had been full: the peer reads, if slowly."""
         self.bytes_in = 0
         self.bytes_out = 0
 
@@ -132,6 +135,7 @@ class Stream:
             try:
                 sent = self._socket.send(self._unsent)
             except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                self._full = True
                 return False
             except OSError as error:
                 raise ConnectionLostError(f"writing failed: {reason_of(error)}") from error
@@ -140,6 +144,9 @@ class Stream:
             self._unsent = self._unsent[sent:]
             self.outgoing_bytes -= sent
             self.bytes_out += sent
+            if self._full:
+                self.drained_bytes += sent
+        self._full = False
         return True
 
     def _join(self) -> bytes:

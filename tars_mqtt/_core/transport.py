@@ -361,6 +361,11 @@ class Transport:
         """Bytes read and written on this connection."""
         return (self._stream.bytes_in, self._stream.bytes_out) if self._stream else (0, 0)
 
+    @property
+    def signs_of_life(self) -> int:
+        """A count that grows when the peer writes, and when it reads what it was behind with."""
+        return self._stream.bytes_in + self._stream.drained_bytes if self._stream else 0
+
     def pause(self, paused: bool) -> None:
         """Stop or resume reading: the peer's window fills and holds it back."""
         self._paused = paused

@@ -203,6 +203,22 @@ def test_a_socket_that_takes_little_gets_every_byte_once() -> None:
     assert sock.sent == b"".join(packets)
 
 
+def test_progress_is_seen_through_a_full_socket_only() -> None:
+    """What a socket takes at once says nothing about the peer; what it takes after it was full, does."""
+    fake = FakeSocket(takes=[4, BlockingIOError(), 5, BlockingIOError()])
+    stream = Stream(fake, LIMIT, v5=True)  # type: ignore[arg-type]
+    stream.write(b"x" * 20)
+    assert not stream.flush()
+    assert stream.drained_bytes == 0
+    assert not stream.flush()
+    assert stream.drained_bytes == 5
+    assert stream.flush()
+    assert stream.drained_bytes == 16
+    stream.write(b"y")
+    assert stream.flush()
+    assert stream.drained_bytes == 16
+
+
 def test_very_much_is_sent_in_pieces_and_nothing_is_torn() -> None:
     sock = FakeSocket()
     stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
