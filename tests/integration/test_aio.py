@@ -41,29 +41,59 @@ async def until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
 
 
 class Ticker:
-    """Measures the longest time for which the loop ran nobody else."""
+    """Measures the longest time, in seconds, for which the loop worked or waited in one go.
+
+    A machine that runs somebody else in between says nothing about the loop. So work is measured in
+    processor time, and waiting by another thread of this process, which counts how often it gets to look
+    while the loop stands still.
+    """
+
+    _PERIOD = 0.005
 
     def __init__(self) -> None:
         self.longest = 0.0
+        self._ticks = 0
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="ticker")
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._tick())
         await asyncio.sleep(0)
+        self._watcher.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._ended.set()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        self._watcher.join()
 
     async def _tick(self) -> None:
         while True:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            await asyncio.sleep(0.005)
-            # A machine that runs somebody else in between says nothing about us; the time this
-            # thread worked, or waited in a call, does.
-            gap = time.perf_counter() - wall
-            self.longest = max(self.longest, gap if gap < 0.05 else max(time.thread_time() - cpu, gap - 0.25))
+            worked = time.thread_time()
+            await asyncio.sleep(self._PERIOD)
+            self.longest = max(self.longest, time.thread_time() - worked)
+            self._ticks += 1
+
+    def _watch(self) -> None:
+        seen, looks = -1, 0
+        while not self._ended.wait(self._PERIOD):
+            looks = looks + 1 if self._ticks == seen else 0
+            seen = self._ticks
+            self.longest = max(self.longest, looks * self._PERIOD)
+
+
+async def test_the_ticker_sees_a_loop_that_waits_and_one_that_works() -> None:
+    async with Ticker() as ticker:
+        time.sleep(0.2)  # noqa: ASYNC251 - on purpose
+    assert ticker.longest > 0.05
+    async with Ticker() as ticker:
+        until = time.thread_time() + 0.1
+        while time.thread_time() < until:
+            pass
+        await asyncio.sleep(0.02)
+    assert ticker.longest > 0.05
 
 
 # -- the loop is never blocked ------------------------------------------------------------------
