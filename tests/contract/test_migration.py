@@ -31,15 +31,18 @@ def test_the_stated_line_counts_are_right():
 
 
 def serve_some_requests(service: Example, broker: Broker) -> list[Seen]:
-    """What arrives while the service answers three requests, one of which is none, and then ends."""
+    """What arrives while the service answers two requests, takes two that are none, and then ends."""
     with Observer(broker.host, broker.port) as observer:
         with running(service, {"MQTT_URL": broker.url, "MQTT_CLIENT_ID": NAME}):
             observer.wait_for(f"system/health/{NAME}")
             observer.publish("requests/a", request(1, {"text": "hello"}))
             observer.publish("requests/b", b"no JSON")
-            observer.publish("requests/b", request(2, {"words": "no text"}))
-            observer.publish("requests/c", request(3, {"text": "good bye"}))
+            observer.publish("requests/c", request(2, {"text": "good bye"}))
             observer.wait_for("replies", 2)
+            # asyncio.wait_for of Python 3.11 loses a cancellation that meets its result, and with it the
+            # Ctrl-C of the service before: let it be through with its reply.
+            observer.publish("requests/b", request(3, {"words": "no text"}))
+            eventually(lambda: broker.log.count(f"Received PUBACK from {NAME}") == 4)
         observer.wait_for(f"system/health/{NAME}", 2)
         return observer.seen
 

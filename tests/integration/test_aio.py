@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from concurrent.futures import CancelledError as FutureCancelledError
@@ -44,8 +45,9 @@ class Ticker:
     """Measures the longest time, in seconds, for which the loop worked or waited in one go.
 
     A machine that runs somebody else in between says nothing about the loop. So work is measured in
-    processor time, and waiting by another thread of this process, which counts how often it gets to look
-    while the loop stands still.
+    processor time, without the garbage collector's, which grows with all that the process holds. Waiting is
+    measured by another thread of this process: it counts how often it gets to look while the loop neither
+    ticks nor works.
     """
 
     _PERIOD = 0.005
@@ -53,10 +55,14 @@ class Ticker:
     def __init__(self) -> None:
         self.longest = 0.0
         self._ticks = 0
+        self._collecting = 0.0
+        self._collected = 0.0
         self._ended = threading.Event()
+        self._loop_thread = threading.get_ident()
         self._watcher = threading.Thread(target=self._watch, name="ticker")
 
     async def __aenter__(self) -> Self:
+        gc.callbacks.append(self._on_collection)
         self._task = asyncio.create_task(self._tick())
         await asyncio.sleep(0)
         self._watcher.start()
@@ -68,20 +74,35 @@ class Ticker:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._watcher.join()
+        gc.callbacks.remove(self._on_collection)
+
+    def _on_collection(self, phase: str, _: object) -> None:
+        if threading.get_ident() == self._loop_thread:
+            if phase == "start":
+                self._collecting = time.thread_time()
+            else:
+                self._collected += time.thread_time() - self._collecting
+
+    def _worked(self) -> float:
+        return time.thread_time() - self._collected
 
     async def _tick(self) -> None:
         while True:
-            worked = time.thread_time()
+            worked = self._worked()
             await asyncio.sleep(self._PERIOD)
-            self.longest = max(self.longest, time.thread_time() - worked)
+            self.longest = max(self.longest, self._worked() - worked)
             self._ticks += 1
 
     def _watch(self) -> None:
-        seen, looks = -1, 0
+        clock = time.pthread_getcpuclockid(self._loop_thread)
+        ticks, spent, waits = -1, 0.0, 0
         while not self._ended.wait(self._PERIOD):
-            looks = looks + 1 if self._ticks == seen else 0
-            seen = self._ticks
-            self.longest = max(self.longest, looks * self._PERIOD)
+            before, spent = spent, time.clock_gettime(clock)
+            if self._ticks != ticks:
+                ticks, waits = self._ticks, 0
+            elif spent - before < self._PERIOD / 10:
+                waits += 1
+                self.longest = max(self.longest, waits * self._PERIOD)
 
 
 async def test_the_ticker_sees_a_loop_that_waits_and_one_that_works() -> None:
