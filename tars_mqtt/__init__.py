@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from tars_mqtt._core.state import ConnectionState
 from tars_mqtt._core.stats import Stats
-from tars_mqtt.client import MessageIterator, MQTTClient, Subscription
+from tars_mqtt.client import MQTTClient
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.context import EnvelopeLogFilter, current_message
 from tars_mqtt.dedup import MessageDeduplicator
@@ -36,6 +36,7 @@ from tars_mqtt.errors import (
 )
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.payload import HealthPayload, HeartbeatPayload
+from tars_mqtt.subscription import MessageIterator, Subscription
 
 __all__ = [
     "AckTimeoutError",

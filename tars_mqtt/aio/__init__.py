@@ -29,7 +29,9 @@ from tars_mqtt import (
     TopicError,
     current_message,
 )
-from tars_mqtt.aio.client import MessageIterator, MQTTClient, PublishReceipt, Subscription
+from tars_mqtt.aio.client import MQTTClient
+from tars_mqtt.aio.receipt import PublishReceipt
+from tars_mqtt.aio.subscription import MessageIterator, Subscription
 
 __all__ = [
     "AckTimeoutError",

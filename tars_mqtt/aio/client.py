@@ -9,112 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from tars_mqtt._core.dispatch import Consumer, in_work
+from tars_mqtt._core.dispatch import in_work
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
-from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import ConnectionState
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
+from tars_mqtt.aio.direct import PahoFace
 from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher, handler_task
+from tars_mqtt.aio.receipt import PublishReceipt, resolve
+from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import AckTimeoutError, ClosedError, QueueFullError, SubscribeError
-from tars_mqtt.message import Message
+from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError
 from tars_mqtt.message import PublishReceipt as CoreReceipt
 
-__all__ = ["MQTTClient", "MessageIterator", "PublishReceipt", "Subscription"]
+__all__ = ["MQTTClient"]
 
 HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
 T = TypeVar("T")
-
-
-class PublishReceipt:
-    """What `MQTTClient.submit_event` returns. Awaiting it waits for the broker's acknowledgement."""
-
-    __slots__ = ("_bridge", "_receipt")
-
-    def __init__(self, receipt: CoreReceipt, bridge: Bridge) -> None:
-        self._receipt = receipt
-        self._bridge = bridge
-
-    @property
-    def envelope_id(self) -> str | None:
-        """The id of the envelope; None for a raw publish."""
-        return self._receipt.envelope_id
-
-    @property
-    def topic(self) -> str:
-        """Where the message goes."""
-        return self._receipt.topic
-
-    @property
-    def qos(self) -> int:
-        """0, 1 or 2."""
-        return self._receipt.qos
-
-    def done(self) -> bool:
-        """Whether the outcome is known."""
-        return self._receipt.done()
-
-    def cancel(self) -> bool:
-        """Take the message back while it is unsent; False when it is too late."""
-        return self._receipt.cancel()
-
-    def cancelled(self) -> bool:
-        """Whether the message was taken back."""
-        return self._receipt.cancelled()
-
-    async def result(self, timeout: float | None = None) -> str | None:
-        """Wait for the acknowledgement and return the envelope's id. Cancelling stops the wait, not the send.
-
-        Raises:
-            AckTimeoutError: It did not come within *timeout* seconds; the message is still on its way.
-            PublishRejectedError, ClosedError: There will be none.
-        """
-        await self._wait(timeout)
-        return self._receipt.result(0)
-
-    async def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait, and return what went wrong, None if nothing did."""
-        await self._wait(timeout)
-        return self._receipt.exception(0)
-
-    def __await__(self) -> Generator[Any, None, str | None]:
-        return self.result().__await__()
-
-    async def _wait(self, timeout: float | None) -> None:
-        receipt = self._receipt
-        if receipt.done():
-            return
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        receipt._add_done_callback(lambda _: self._bridge.post(lambda: _resolve(future)))
-        timer = None if timeout is None else loop.call_later(timeout, _resolve, future)
-        try:
-            await future
-        finally:
-            if timer is not None:
-                timer.cancel()
-        if not receipt.done():
-            raise AckTimeoutError(
-                f"no acknowledgement for the message to {self.topic!r} within {timeout:g} s; "
-                "it is still on its way, the receipt will tell",
-                self,
-            )
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class MQTTClient:
@@ -404,8 +324,8 @@ class MQTTClient:
         deadline = None if limit is None else loop.time() + limit
         while True:
             room: asyncio.Future[None] = loop.create_future()
-            tell = partial(self._bridge.post, partial(_resolve, room))
-            timer = None if deadline is None else loop.call_at(deadline, _resolve, room)
+            tell = partial(self._bridge.post, partial(resolve, room))
+            timer = None if deadline is None else loop.call_at(deadline, resolve, room)
             in_time = False
             self._engine.when_room(tell)
             try:
@@ -469,7 +389,7 @@ class MQTTClient:
     async def _outcome(self, future: Future[None], limit: float | None) -> None:
         """Await the engine's future, which stays as it is when the wait is cancelled."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: self._bridge.post(lambda: _resolve(done)))
+        future.add_done_callback(lambda _: self._bridge.post(lambda: resolve(done)))
         async with asyncio.timeout(limit):
             await done
         future.result(0)
@@ -496,167 +416,6 @@ class MQTTClient:
         acknowledged when the next one is asked for.
         """
         return MessageIterator(self, topic, qos)
-
-
-class Subscription:
-    """What `MQTTClient.subscribe` returns. An async context manager: leaving it unsubscribes."""
-
-    def __init__(self, client: MQTTClient, registration: Registration) -> None:
-        self._client = client
-        self._registration = registration
-
-    @property
-    def topic(self) -> str:
-        """The filter."""
-        return self._registration.topic
-
-    @property
-    def qos(self) -> int:
-        """The QoS that was asked for."""
-        return self._registration.qos
-
-    @property
-    def active(self) -> bool:
-        """Whether the handler is still called."""
-        return not self._registration.consumer.closed
-
-    async def unsubscribe(self, timeout: Timeout = DEFAULT) -> None:
-        """Stop; the handler is not called again, a call under way may still end. Idempotent."""
-        client = self._client
-        client._on_loop()
-        limit = seconds(timeout, client.config.connect_timeout)
-        # Without an answer nobody is called any more all the same; what still comes is dropped.
-        with contextlib.suppress(TimeoutError):
-            await client._outcome(client._engine.unregister(self._registration), limit)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.unsubscribe()
-
-    def __repr__(self) -> str:
-        return f"<Subscription {self.topic!r}, qos {self.qos}, {'active' if self.active else 'ended'}>"
-
-
-class MessageIterator(AsyncIterator[Message]):
-    """What `MQTTClient.messages` returns. An async context manager: leaving it unsubscribes."""
-
-    def __init__(self, client: MQTTClient, topic: str, qos: int) -> None:
-        self._client = client
-        self._arrived = asyncio.Event()
-        self._registration = client._engine.register(topic, qos, None, None, {})
-        self._consumer: Consumer = self._registration.consumer
-        self._consumer.arrived = lambda: client._bridge.post(self._arrived.set)
-        self._subscription: Subscription | None = None
-        self._current: Delivery | None = None
-
-    async def __anext__(self) -> Message:
-        message = await self.next(None)
-        if message is None:
-            raise StopAsyncIteration
-        return message
-
-    async def next(self, timeout: float | None) -> Message | None:
-        """Return the next message; None once the iteration has ended.
-
-        Raises:
-            TimeoutError: None came in time.
-        """
-        self._finish_current()
-        if self._subscription is None:
-            await self._open()
-        dispatcher = self._client._engine.dispatcher
-        async with asyncio.timeout(seconds(timeout, 0.0)):
-            while True:
-                self._arrived.clear()
-                self._current = dispatcher.next_nowait(self._consumer)
-                if self._current is not None:
-                    return self._current.message
-                if self._consumer.closed or dispatcher.stopping:
-                    return None
-                await self._arrived.wait()
-
-    async def _open(self) -> None:
-        self._subscription = await self._client._subscribed(self._registration, DEFAULT)
-
-    def _finish_current(self) -> None:
-        current, self._current = self._current, None
-        if current is not None:
-            self._client._engine.dispatcher.finished(self._consumer, current)
-
-    async def close(self) -> None:
-        """Acknowledge the last message, and unsubscribe."""
-        self._finish_current()
-        await Subscription(self._client, self._registration).unsubscribe()
-
-    async def __aenter__(self) -> Self:
-        if self._subscription is None:
-            await self._open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-
-class PahoFace:
-    """The paho-mqtt client behind an asyncio client, with what would block or call back made awaitable.
-
-    `subscribe` and `messages` go together: a message of any filter subscribed here comes out of
-    every open `messages`. All other attributes are paho's own.
-    """
-
-    def __init__(self, client: MQTTClient) -> None:
-        self._client = client
-        self._subscriptions: dict[str, Subscription] = {}
-        self._boxes: list[asyncio.Queue[Message]] = []
-        self._early: deque[Message] = deque(maxlen=client.config.max_pending)
-
-    async def subscribe(self, topic: str, qos: int = 0) -> None:
-        """Subscribe; raises as `MQTTClient.subscribe`."""
-        subscription = await self._client.subscribe(topic, self._arrive, qos)
-        before = self._subscriptions.get(topic)
-        self._subscriptions[topic] = subscription
-        if before is not None:
-            await before.unsubscribe()
-
-    async def unsubscribe(self, topic: str) -> None:
-        """Undo `subscribe`."""
-        subscription = self._subscriptions.pop(topic, None)
-        if subscription is not None:
-            await subscription.unsubscribe()
-
-    async def publish(
-        self, topic: str, payload: bytes | str = b"", qos: int = 0, retain: bool = False
-    ) -> None:
-        """Publish raw bytes; see `MQTTClient.publish`."""
-        await self._client.publish(topic, payload, qos=qos, retain=retain)
-
-    @contextlib.asynccontextmanager
-    async def messages(self) -> AsyncIterator[AsyncIterator[Message]]:
-        """Iterate over what arrives; what arrived before the first iteration comes first."""
-        box: asyncio.Queue[Message] = asyncio.Queue(self._client.config.max_pending)
-        while self._early:
-            box.put_nowait(self._early.popleft())
-        self._boxes.append(box)
-        try:
-            yield _drain(box)
-        finally:
-            self._boxes.remove(box)
-
-    async def _arrive(self, message: Message) -> None:
-        if not self._boxes:
-            self._early.append(message)
-        for box in tuple(self._boxes):
-            await box.put(message)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client._engine.client, name)
-
-
-async def _drain(box: asyncio.Queue[Message]) -> AsyncIterator[Message]:
-    while True:
-        yield await box.get()
 
 
 def _rest(limit: float | None, started: float, loop: asyncio.AbstractEventLoop) -> float | None:
