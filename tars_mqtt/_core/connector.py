@@ -144,11 +144,11 @@ class Connector:
             deadline=deadline,
             secure=(lambda sock: secure(sock, url, config, deadline, interrupted)) if url.tls else None,
         )
-        self._transport.open(request, interrupted)
-        now = time.monotonic()
-        # A broker that does not answer MQTT 5 must leave time for the other version.
-        answer_by = deadline if last else now + (deadline - now) / 2
         try:
+            self._transport.open(request, interrupted)
+            now = time.monotonic()
+            # A broker that does not answer MQTT 5 must leave time for the other version.
+            answer_by = deadline if last else now + (deadline - now) / 2
             connack, events = self._await_connack(answer_by, interrupted)
         except TLSAlertError as error:
             raise TLSFailedError(

@@ -33,6 +33,7 @@ from tars_mqtt._core.stream import (
     Stream,
     TLSAlertError,
 )
+from tars_mqtt._core.websocket import upgrade
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
@@ -275,13 +276,14 @@ class Transport:
 
         Raises:
             ConnectError: Nobody answered.
+            TLSAlertError: The peer ended the TLS connection before a websocket came about.
             Interrupted: The attempt was called off.
         """
-        sock = dial(request.url, request.deadline, interrupted)
+        sock: Any = dial(request.url, request.deadline, interrupted)
         if request.secure is not None:
             sock = request.secure(sock)
         if request.url.transport == "websockets":
-            sock = _websocket(sock, request.url, request.deadline)
+            sock = upgrade(sock, request.url, request.deadline, interrupted)
         self._stream = Stream(sock, request.packet_limit, request.version == mqtt.MQTTv5)
         self._port = _ControlPort(self._stream)
         self._interest = 0
@@ -561,21 +563,3 @@ class Transport:
     ) -> None:
         if flags.is_disconnect_packet_from_server:
             self._events.append(Goodbye(reason.value, str(reason).lower()))
-
-
-def _websocket(sock: socket.socket, url: BrokerURL, deadline: float) -> Any:
-    """Do the websocket handshake, and return what looks like a socket inside the frames.
-
-    Raises:
-        ConnectError: The peer does not answer as a websocket of MQTT does.
-    """
-    sock.settimeout(max(0.001, deadline - time.monotonic()))
-    try:
-        inside = mqtt._WebsocketWrapper(sock, url.host, url.port, url.tls, url.path, None)
-    except (OSError, IndexError, UnicodeDecodeError) as error:
-        sock.close()
-        raise ConnectError(
-            f"no websocket at {url}: {str(error) or 'no answer'}; check host, port and path of mqtt_url"
-        ) from error
-    inside.setblocking(False)
-    return inside

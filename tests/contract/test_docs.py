@@ -320,7 +320,6 @@ def test_paho_is_imported_in_one_place_only():
 
 
 def test_paho_has_what_we_use_of_its_inside():
-    """The three names that docs/internals/PAHO.md owns up to."""
+    """The two names that docs/internals/PAHO.md owns up to."""
     assert callable(mqtt.Client._create_socket)
     assert callable(mqtt.Client._mid_generate)
-    assert callable(mqtt._WebsocketWrapper)
