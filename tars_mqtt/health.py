@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from tars_mqtt._core.outbound import Outgoing
+from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.transport import Will
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.envelope import encode_event

@@ -18,7 +18,8 @@ from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.lane import Fifo, Keyed
 from tars_mqtt._core.option import HandlerOptions, checked
-from tars_mqtt._core.outbound import Outbound, Outgoing
+from tars_mqtt._core.outbound import Outbound
+from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.recovery import Recovery
 from tars_mqtt._core.registry import Registration, Registry
 from tars_mqtt._core.session import Session

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import attrs
-
 from tars_mqtt._core import wire
+from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.stats import Counters
+from tars_mqtt._core.suspicion import Suspicion
 from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID, Connack
 from tars_mqtt.errors import (
     ClosedError,
@@ -21,7 +21,6 @@ from tars_mqtt.errors import (
     PublishRejectedError,
     QueueFullError,
 )
-from tars_mqtt.message import PublishReceipt
 
 if TYPE_CHECKING:
     from tars_mqtt._core.spool import Spool
@@ -33,33 +32,6 @@ _LAST_PACKET_ID = 65_535
 
 _ENOUGH_UNSENT = 262_144
 """Bytes handed to the stream at a time; the rest stays here, where it is counted and bounded."""
-
-_MOST_STRIKES = 3
-
-
-@attrs.define(eq=False)
-class Outgoing:
-    """One message on its way to the broker. The last four: owned by the network thread."""
-
-    topic: bytes
-    payload: bytes
-    qos: int
-    retain: bool
-    receipt: PublishReceipt
-    packet_id: int = 0
-    sent: bool = False
-    received: bool = False
-    """PUBREC came: the broker has it, only the release is still to be said (QoS 2)."""
-    number: int = 0
-    """Its number in the durable outbox; 0 where it is in memory only."""
-    stored_at: float = 0.0
-    """Unix time."""
-    strikes: int = 0
-    """How often the broker closed the connection over it, as far as can be told."""
-
-    @property
-    def size(self) -> int:
-        return len(self.topic) + len(self.payload)
 
 
 class Outbound:
@@ -93,8 +65,7 @@ class Outbound:
         self._v5 = True
         self._limits = Connack(code=0, reason="", session_present=False)
         self._lossy_unsent = 0
-        self._largest = 0
-        self._suspect: Outgoing | None = None
+        self.suspicion = Suspicion()
         self.messages = 0
         self.acknowledgements = 0
         # Guarded by _lock; the queues are also taken from, at their left end, by the network thread:
@@ -297,6 +268,7 @@ class Outbound:
         """
         self._v5 = v5
         self._limits = connack
+        self.suspicion.new_connection()
         self._window = min(self._max_inflight, connack.receive_maximum, _LAST_PACKET_ID - LAST_PAHO_PACKET_ID)
         interrupted = list(self._inflight.values())
         self._inflight.clear()
@@ -312,8 +284,7 @@ class Outbound:
     def disconnected(self, by_broker: bool) -> None:
         """The connection is gone: QoS 0 that did not leave with it is lost, the rest stays."""
         if by_broker:
-            self._blame()
-        self._suspect = None
+            self._give_up(self.suspicion.hung_up(self._inflight.values()))
         with self._room:
             self._online = False
             lost = len(self._lossy)
@@ -333,35 +304,18 @@ class Outbound:
                 extra={"client_id": self._client_id},
             )
 
-    def _blame(self) -> None:
-        """Find the message over which the broker hangs up, if it does.
-
-        Brokers close the connection over a packet that is larger than they allow, and MQTT 3.1.1 has
-        no way to say so. So a message larger than any that was ever acknowledged is sent again alone;
-        if the connection breaks over it each time, it fails, and those behind it go on.
-        """
-        suspect = self._suspect
-        if suspect is None:
-            for message in self._inflight.values():
-                if message.size > self._largest and not message.strikes:
-                    message.strikes = 1
+    def _give_up(self, message: Outgoing | None) -> None:
+        """Fail the message over which the broker hangs up, if there is one; those behind it go on."""
+        if message is None:
             return
-        suspect.strikes += 1
-        if suspect.strikes >= _MOST_STRIKES:
-            del self._inflight[suspect.packet_id]
-            self._over(suspect)
-            self._rejected(
-                suspect,
-                f"the broker closed the connection each of the {suspect.strikes} times that it was sent; "
-                f"its {suspect.size:,} bytes are probably more than the broker allows",
-                None,
-            )
-
-    def _may_send(self) -> bool:
-        """Whether the window is open for the first message that waits."""
-        if self._suspect is not None or len(self._inflight) >= self._window:
-            return False
-        return not (self._inflight and self._firm[0].strikes)
+        del self._inflight[message.packet_id]
+        self._over(message)
+        self._rejected(
+            message,
+            f"the broker closed the connection each of the {message.strikes} times that it was sent; "
+            f"its {message.size:,} bytes are probably more than the broker allows",
+            None,
+        )
 
     def pump(self, write: Callable[[bytes], None], unsent_bytes: int) -> bool:
         """Write what the window and the socket have room for; True when more could go right after."""
@@ -371,7 +325,13 @@ class Outbound:
         if room > 0 and self._lossy:
             # Half of it: neither kind starves the other.
             room -= self._pump_lossy(write, (room + 1) // 2)
-        while room > 0 and self._firm and self._may_send():
+        suspicion = self.suspicion
+        while (
+            room > 0
+            and self._firm
+            and len(self._inflight) < self._window
+            and suspicion.may_send(self._firm[0], bool(self._inflight))
+        ):
             room -= self._send(self._firm.popleft(), write)
         if self._spool is not None and self._spool.wants_more(len(self._firm)):
             with self._room:
@@ -440,8 +400,7 @@ class Outbound:
             if message.sent:
                 self._counters.add("retried")
         message.sent = True
-        if message.strikes:
-            self._suspect = message
+        self.suspicion.sent(message)
         self._inflight[message.packet_id] = message
         write(packet)
         return len(packet)
@@ -508,13 +467,12 @@ class Outbound:
             self._settle(message, wire.PUBREC, reason)
             return None
         message.received = True
+        self.suspicion.acknowledged(message)
         return wire.encode_ack(wire.PUBREL, packet_id)
 
     def _settle(self, message: Outgoing, kind: int, reason: int) -> None:
         del self._inflight[message.packet_id]
-        if message is self._suspect:
-            self._suspect = None
-        self._largest = max(self._largest, message.size)
+        self.suspicion.acknowledged(message)
         self._over(message)
         if reason >= 0x80:
             self._rejected(message, wire.reason_name(kind, reason), reason)

@@ -373,6 +373,7 @@ class Session:
 
     def _on_pingresp(self) -> None:
         asked, self._liveness.asked = self._liveness.asked, None
+        self._outbound.suspicion.answered()
         if asked is not None:
             self.ping_round_trip = time.monotonic() - asked
 
@@ -399,7 +400,7 @@ class Session:
         self.transport.pause(congested)
         if congested:
             liveness.excuse(now)
-        if liveness.ping_due(now):
+        if liveness.ping_due(now) or (self._outbound.suspicion.wants_answer and liveness.asked is None):
             self.transport.write(wire.PINGREQ_PACKET)
             liveness.asked = now
         silence = liveness.overdue(now)

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from tars_mqtt._core.outbound import Outgoing
+from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt.errors import ClosedError, OutboxError
 from tars_mqtt.message import PublishReceipt
 from tars_mqtt.outbox import Outbox
