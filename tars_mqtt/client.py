@@ -20,7 +20,7 @@ from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import ClosedError, SubscribeError
+from tars_mqtt.errors import ClosedError, ConfigError, SubscribeError
 from tars_mqtt.message import PublishReceipt
 from tars_mqtt.subscription import MessageIterator, Subscription
 
@@ -73,6 +73,10 @@ class MQTTClient:
         return client
 
     def _start_up(self, config: MQTTClientConfig) -> None:
+        if config.credentials is not None and is_coroutine_function(config.credentials):
+            raise ConfigError(
+                ["credentials is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"]
+            )
         self._engine = Engine(config, _worker_pool)
         self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
 

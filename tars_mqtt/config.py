@@ -6,7 +6,6 @@ import difflib
 import logging
 import math
 import os
-import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, cached_property
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 import attrs
 
-from tars_mqtt.errors import ConfigError, TopicError
-from tars_mqtt.topics import check_topic
+from tars_mqtt import rule
+from tars_mqtt.errors import ConfigError
 from tars_mqtt.url import BrokerURL, parse_urls
 
 if TYPE_CHECKING:
@@ -27,10 +26,7 @@ __all__ = ["MQTTClientConfig"]
 logger = logging.getLogger(__name__)
 
 _Path: TypeAlias = str | os.PathLike[str]
-_Rule: TypeAlias = Callable[[Any], str | None]  # what is wrong with a value, or None
 
-_MAX_BYTES: Final = 65_535  # of a string on the wire, by its length field of two bytes
-_LONGEST_WAIT: Final = 1_000_000.0  # eleven days; selectors count milliseconds in 32 bits, and overflow at 24
 _BOOLEANS: Final = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
     **dict.fromkeys(("false", "0", "no", "off"), False),
@@ -46,97 +42,9 @@ def _converter() -> Converter:
     return converter
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _boolean(value: object) -> str | None:
-    return None if isinstance(value, bool) else "must be true or false"
-
-
-def _whole(low: int, high: float = math.inf) -> _Rule:
-    must = f"must be a whole number, at least {low:,}" + (f" and at most {high:,}" if high < math.inf else "")
-    return lambda value: None if _is_int(value) and low <= value <= high else must
-
-
-def _seconds(low: float, high: float = _LONGEST_WAIT, *, above: bool = False, whole: bool = False) -> _Rule:
-    number = "whole number" if whole else "number"
-    must = f"must be a {number} of seconds, {'above' if above else 'at least'} {low:,}"
-    if high < math.inf:
-        must += f" and at most {high:,.0f}"
-
-    def rule(value: object) -> str | None:
-        if not isinstance(value, float):
-            return must
-        if not math.isfinite(value):
-            return "must be a finite number"
-        inside = low <= value <= high and not (above and value == low)
-        return None if inside and (value.is_integer() or not whole) else must
-
-    return rule
-
-
-def _one_of(*choices: str) -> _Rule:
-    must = f"must be one of {', '.join(map(repr, choices))}"
-    return lambda value: None if isinstance(value, str) and value in choices else must
-
-
-def _text(forbidden: str, description: str, *, required: bool = False) -> _Rule:
-    """Text that goes on the wire; half of a surrogate pair cannot, whatever else is *forbidden*."""
-    pattern = re.compile(f"[{forbidden}\ud800-\udfff]")
-
-    def rule(value: object) -> str | None:
-        if value is None or value == "":
-            return "is required" if required else None
-        if not isinstance(value, str):
-            return "must be a str"
-        if pattern.search(value):
-            return f"must not contain {description}"
-        return None if len(value.encode()) <= _MAX_BYTES else f"must be at most {_MAX_BYTES:,} bytes long"
-
-    return rule
-
-
-_timeout = _seconds(0.0, above=True)
-_client_id = _text("\x00-\x1f\x7f-\x9f", "control characters or lone surrogates", required=True)
-_username = _text("\x00", "the character U+0000 or lone surrogates")
-_password = _text("", "lone surrogates")
-
-
-def _url(value: object) -> str | None:
-    if value is None or value == "":
-        return "is required: 'mqtt://localhost:1883', for instance"
-    if not isinstance(value, str):
-        return "must be a str"
-    try:
-        parse_urls(value)
-    except ValueError as error:
-        return f"is wrong: {error}"
-    return None
-
-
-def _source_name(value: object) -> str | None:
-    if not isinstance(value, str):
-        return "must be a str"
-    if not {"/", "+", "#"}.isdisjoint(value):
-        return "must be one topic level, without '/', '+', '#': set source_name, which else is the client_id"
-    try:
-        check_topic(f"system/keepalive/{value}")  # the longest of the topics that it becomes part of
-    except TopicError as error:
-        return f"must fit into a topic: {error}"
-    return None
-
-
-def _path(value: object) -> str | None:
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if path is None or (isinstance(path, str) and path and "\0" not in path):
-        return None
-    return "must be a path: a str or a PathLike of str, not empty and without the character U+0000"
-
-
 def _as_float(value: Any) -> Any:
     try:
-        return float(value) if _is_int(value) else value
+        return float(value) if rule.is_int(value) else value
     except OverflowError:
         return math.inf
 
@@ -152,23 +60,23 @@ def _redacted(urls: str) -> str:
         return "<malformed>"
 
 
-def _about(variable: str, rule: _Rule, doc: str) -> dict[str, Any]:
+def _about(variable: str | None, check: rule.Rule, doc: str) -> dict[str, Any]:
     """A field's metadata: its environment variable without the prefix, its rule, and a line for the docs."""
-    return {"env": variable, "rule": rule, "doc": doc}
+    return {"env": variable, "rule": check, "doc": doc}
 
 
-def _setting(default: object, variable: str, rule: _Rule, doc: str, *, secret: bool = False) -> Any:
+def _setting(default: object, variable: str, check: rule.Rule, doc: str, *, secret: bool = False) -> Any:
     return attrs.field(
         default=default,
         kw_only=True,
         converter=_as_float if isinstance(default, float) else None,
         repr=not secret,
-        metadata=_about(variable, rule, doc),
+        metadata=_about(variable, check, doc),
     )
 
 
 def _flag(variable: str, doc: str) -> Any:
-    return attrs.field(default=False, kw_only=True, metadata=_about(variable, _boolean, doc))
+    return attrs.field(default=False, kw_only=True, metadata=_about(variable, rule.boolean, doc))
 
 
 @attrs.frozen
@@ -176,97 +84,129 @@ class MQTTClientConfig:
     """All settings of a client; `attrs.evolve` makes a changed copy.
 
     Durations are in seconds. ``attrs.fields(MQTTClientConfig)`` lists the settings; the metadata of each has
-    its environment variable without the prefix (``env``) and its description (``doc``).
+    its environment variable without the prefix (``env``, None where there is none) and its description (``doc``).
 
     Raises:
         ConfigError: One or more settings are wrong; it names them all.
     """
 
     mqtt_url: str = attrs.field(
-        repr=_redacted, metadata=_about("URL", _url, "The broker, or several by commas, tried in turn")
+        repr=_redacted, metadata=_about("URL", rule.url, "The broker, or several by commas, tried in turn")
     )
-    client_id: str = attrs.field(metadata=_about("CLIENT_ID", _client_id, "Our name, unique at the broker"))
+    client_id: str = attrs.field(
+        metadata=_about("CLIENT_ID", rule.client_id, "Our name, unique at the broker")
+    )
     source_name: str = attrs.field(
         default=None,
         converter=_or_empty,
-        metadata=_about("SOURCE_NAME", _source_name, "Our name in envelopes and topics, else the client_id"),
+        metadata=_about(
+            "SOURCE_NAME", rule.source_name, "Our name in envelopes and topics, else the client_id"
+        ),
     )
     enable_health: bool = _flag("ENABLE_HEALTH", "Publish a retained health status")
     enable_heartbeat: bool = _flag("ENABLE_HEARTBEAT", "Publish a heartbeat")
-    heartbeat_interval: float = _setting(30.0, "HEARTBEAT_INTERVAL", _seconds(1.0), "Between two heartbeats")
+    heartbeat_interval: float = _setting(
+        30.0, "HEARTBEAT_INTERVAL", rule.seconds(1.0), "Between two heartbeats"
+    )
     dedupe_ttl: float = _setting(
-        0.0, "DEDUPE_TTL", _seconds(0.0, math.inf), "How long an envelope id is remembered; 0 is off"
+        0.0, "DEDUPE_TTL", rule.seconds(0.0, math.inf), "How long an envelope id is remembered; 0 is off"
     )
     dedupe_max_entries: int = _setting(
-        0, "DEDUPE_MAX_ENTRIES", _whole(0), "How many envelope ids are remembered; above 0 if dedupe_ttl is"
+        0,
+        "DEDUPE_MAX_ENTRIES",
+        rule.whole(0),
+        "How many envelope ids are remembered; above 0 if dedupe_ttl is",
     )
-    keepalive: int = _setting(60, "KEEPALIVE", _whole(1, 65_535), "Longest silence before the peer is probed")
+    keepalive: int = _setting(
+        60, "KEEPALIVE", rule.whole(1, 65_535), "Longest silence before the peer is probed"
+    )
     reconnect_min_delay: float = _setting(
-        1.0, "RECONNECT_MIN_DELAY", _seconds(0.1), "First delay of an outage"
+        1.0, "RECONNECT_MIN_DELAY", rule.seconds(0.1), "First delay of an outage"
     )
-    reconnect_max_delay: float = _setting(60.0, "RECONNECT_MAX_DELAY", _seconds(0.5), "Longest delay")
-    connect_timeout: float = _setting(10.0, "CONNECT_TIMEOUT", _timeout, "How long connecting may take")
+    reconnect_max_delay: float = _setting(60.0, "RECONNECT_MAX_DELAY", rule.seconds(0.5), "Longest delay")
+    connect_timeout: float = _setting(10.0, "CONNECT_TIMEOUT", rule.timeout, "How long connecting may take")
     publish_timeout: float = _setting(
-        30.0, "PUBLISH_TIMEOUT", _timeout, "How long a publish waits for its ack"
+        30.0, "PUBLISH_TIMEOUT", rule.timeout, "How long a publish waits for its ack"
     )
-    shutdown_timeout: float = _setting(10.0, "SHUTDOWN_TIMEOUT", _timeout, "How long a shutdown may take")
+    shutdown_timeout: float = _setting(10.0, "SHUTDOWN_TIMEOUT", rule.timeout, "How long a shutdown may take")
     handler_timeout: float = _setting(
-        0.0, "HANDLER_TIMEOUT", _seconds(0.0), "After which a handler that does not return failed; 0 is off"
+        0.0,
+        "HANDLER_TIMEOUT",
+        rule.seconds(0.0),
+        "After which a handler that does not return failed; 0 is off",
     )
     protocol: Literal["auto", "5", "3.1.1"] = _setting(
-        "auto", "PROTOCOL", _one_of("auto", "5", "3.1.1"), "5, 3.1.1, or auto: 5 where the broker has it"
+        "auto", "PROTOCOL", rule.one_of("auto", "5", "3.1.1"), "5, 3.1.1, or auto: 5 where the broker has it"
     )
     session_expiry: float = _setting(
         3600.0,
         "SESSION_EXPIRY",
-        _seconds(0.0, 4_294_967_295.0, whole=True),
+        rule.seconds(0.0, 4_294_967_295.0, whole=True),
         "How long the broker keeps our session while we are away; 0 is a clean session",
     )
-    workers: int = _setting(8, "WORKERS", _whole(1, 1000), "Threads that run handlers")
-    max_inflight: int = _setting(64, "MAX_INFLIGHT", _whole(1, 65_535), "QoS 1/2 messages sent without ack")
-    max_queued: int = _setting(10_000, "MAX_QUEUED", _whole(1), "Outgoing messages held")
-    max_queued_bytes: int = _setting(2**26, "MAX_QUEUED_BYTES", _whole(1), "Bytes of outgoing messages held")
-    max_pending: int = _setting(10_000, "MAX_PENDING", _whole(1), "Incoming messages waiting for handlers")
+    workers: int = _setting(8, "WORKERS", rule.whole(1, 1000), "Threads that run handlers")
+    max_inflight: int = _setting(
+        64, "MAX_INFLIGHT", rule.whole(1, 65_535), "QoS 1/2 messages sent without ack"
+    )
+    max_queued: int = _setting(10_000, "MAX_QUEUED", rule.whole(1), "Outgoing messages held")
+    max_queued_bytes: int = _setting(
+        2**26, "MAX_QUEUED_BYTES", rule.whole(1), "Bytes of outgoing messages held"
+    )
+    max_pending: int = _setting(
+        10_000, "MAX_PENDING", rule.whole(1), "Incoming messages waiting for handlers"
+    )
     outbox: _Path | None = attrs.field(
         default=None,
         kw_only=True,
-        metadata=_about("OUTBOX", _path, "A file that keeps QoS 1/2 messages until the broker has them"),
+        metadata=_about("OUTBOX", rule.path, "A file that keeps QoS 1/2 messages until the broker has them"),
     )
     outbox_max_messages: int = _setting(
-        1_000_000, "OUTBOX_MAX_MESSAGES", _whole(1), "Messages kept in the outbox, instead of max_queued"
+        1_000_000, "OUTBOX_MAX_MESSAGES", rule.whole(1), "Messages kept in the outbox, instead of max_queued"
     )
     outbox_max_bytes: int = _setting(
-        2**30, "OUTBOX_MAX_BYTES", _whole(1), "Their bytes, instead of max_queued_bytes"
+        2**30, "OUTBOX_MAX_BYTES", rule.whole(1), "Their bytes, instead of max_queued_bytes"
     )
     outbox_max_age: float = _setting(
-        0.0, "OUTBOX_MAX_AGE", _seconds(0.0, math.inf), "After which a message is given up; 0 is never"
+        0.0, "OUTBOX_MAX_AGE", rule.seconds(0.0, math.inf), "After which a message is given up; 0 is never"
     )
     dedupe_durable: bool = _flag(
         "DEDUPE_DURABLE", "Remember envelope ids in the outbox file, across restarts"
     )
     correlation: Literal["field", "id"] = _setting(
-        "field", "CORRELATION", _one_of("field", "id"), "Where correlation ids go; id is the old form"
+        "field", "CORRELATION", rule.one_of("field", "id"), "Where correlation ids go; id is the old form"
     )
-    username: str | None = _setting(None, "USERNAME", _username, "Instead of the URL's user name")
-    password: str | None = _setting(None, "PASSWORD", _password, "Instead of the URL's password", secret=True)
+    username: str | None = _setting(None, "USERNAME", rule.username, "Instead of the URL's user name")
+    password: str | None = _setting(
+        None, "PASSWORD", rule.password, "Instead of the URL's password", secret=True
+    )
     password_file: _Path | None = attrs.field(
         default=None,
         kw_only=True,
-        metadata=_about("PASSWORD_FILE", _path, "File with the password, read at each connection attempt"),
+        metadata=_about(
+            "PASSWORD_FILE", rule.path, "File with the password, read at each connection attempt"
+        ),
+    )
+    credentials: Callable[[], Any] | None = attrs.field(
+        default=None,
+        kw_only=True,
+        repr=False,
+        metadata=_about(None, rule.function, "Gives user name and password, called at each attempt"),
     )
     tls_ca: _Path | None = attrs.field(
-        default=None, kw_only=True, metadata=_about("TLS_CA", _path, "PEM file of the CAs, not the system's")
+        default=None,
+        kw_only=True,
+        metadata=_about("TLS_CA", rule.path, "PEM file of the CAs, not the system's"),
     )
     tls_cert: _Path | None = attrs.field(
-        default=None, kw_only=True, metadata=_about("TLS_CERT", _path, "PEM file of our certificate")
+        default=None, kw_only=True, metadata=_about("TLS_CERT", rule.path, "PEM file of our certificate")
     )
     tls_key: _Path | None = attrs.field(
-        default=None, kw_only=True, metadata=_about("TLS_KEY", _path, "PEM file of our certificate's key")
+        default=None, kw_only=True, metadata=_about("TLS_KEY", rule.path, "PEM file of our certificate's key")
     )
     tls_key_password_file: _Path | None = attrs.field(
         default=None,
         kw_only=True,
-        metadata=_about("TLS_KEY_PASSWORD_FILE", _path, "A file with the password of tls_key"),
+        metadata=_about("TLS_KEY_PASSWORD_FILE", rule.path, "A file with the password of tls_key"),
     )
     tls_insecure: bool = _flag("TLS_INSECURE", "Trust any certificate, an impostor's too")
 
@@ -291,7 +231,7 @@ class MQTTClientConfig:
             ConfigError: One or more settings are wrong; it names them all, with their variables.
         """
         environ = os.environ if environ is None else environ
-        fields = attrs.fields(cls)
+        fields = [field for field in attrs.fields(cls) if field.metadata["env"]]
         variables = {field.name: prefix + field.metadata["env"] for field in fields}
         _warn_of_misspellings(environ, prefix, variables.values())
         values: dict[str, Any] = {"mqtt_url": None, "client_id": None}
@@ -310,8 +250,10 @@ class MQTTClientConfig:
         """The brokers of `mqtt_url`, in the order in which they are tried."""
         return parse_urls(self.mqtt_url)
 
-    def credentials(self, url: BrokerURL | None = None) -> tuple[str | None, str | None]:
-        """User name and password for *url*, the first of `urls` if None.
+    def user_and_password(self, url: BrokerURL | None = None) -> tuple[str | None, str | None]:
+        """User name and password for *url*, the first of `urls` if None, as the settings have them.
+
+        Where `credentials` is set, that is asked instead.
 
         Reads ``password_file`` each time: whoever changes the password need not restart the service.
 
@@ -354,6 +296,9 @@ def _conflicts(config: MQTTClientConfig, found: Mapping[str, str]) -> Iterator[t
         yield "reconnect_max_delay", f"must not be below reconnect_min_delay (got {high} and {low})"
     if config.password is not None and config.password_file is not None:
         yield "password_file", "and password are both set: keep one of them"
+    for name in ("username", "password", "password_file"):
+        if config.credentials is not None and getattr(config, name) is not None:
+            yield name, "and credentials are both set: keep one of them"
     if config.dedupe_durable is True and (config.outbox is None or not config.dedupe_ttl):
         yield "dedupe_durable", "needs outbox and dedupe_ttl: set both, or leave it off"
     if (config.tls_cert is None) != (config.tls_key is None):
@@ -366,7 +311,9 @@ def _url_conflicts(config: MQTTClientConfig) -> Iterator[tuple[str, str]]:
         for name in ("tls_ca", "tls_cert", "tls_key", "tls_key_password_file", "tls_insecure"):
             if getattr(config, name) not in (None, False):
                 yield name, "is for TLS: write mqtts:// or wss:// in mqtt_url, or remove it"
-    if config.username is None and config.protocol != "5":  # [MQTT-3.1.2-22] of 3.1.1
+    if (
+        config.username is None and config.credentials is None and config.protocol != "5"
+    ):  # [MQTT-3.1.2-22] of 3.1.1
         ours = config.password is not None or config.password_file is not None
         if any(url.username is None and (ours or url.password is not None) for url in config.urls):
             yield "username", "is required with a password, unless protocol is '5'"
@@ -393,12 +340,12 @@ def _warn_of_misspellings(environ: Mapping[str, str], prefix: str, known: Collec
 def _read_password(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 3)  # room for the end of the line, and one byte too many
+            data = file.read(rule.MAX_BYTES + 3)  # room for the end of the line, and one byte too many
     except OSError as error:
         raise ConfigError([f"password_file {str(path)!r} cannot be read: {error.strerror}"]) from error
     data = data.removesuffix(b"\n").removesuffix(b"\r")
     password = data.decode(errors="replace")  # strict, the error would carry the password
-    problem = _password(password) if data else "must not be empty"
+    problem = rule.password(password) if data else "must not be empty"
     if not problem and password.encode() != data:
         problem = "must be UTF-8"
     if problem:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import attrs
 
+from tars_mqtt import rule
 from tars_mqtt._core import wire
+from tars_mqtt._core.aside import Aside, CallFailedError, Start
 from tars_mqtt._core.tls import TLSFailedError, explain, secure
 from tars_mqtt._core.transport import (
     Connack,
@@ -35,6 +37,9 @@ _UNSUPPORTED_VERSION = frozenset((0x01, 0x84))
 
 _RETRIABLE = frozenset((0x03, 0x80, 0x81, 0x82, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9F))
 """CONNACK codes that another attempt may cure; 0x03 is "server unavailable" of MQTT 3.1.1."""
+
+Login = tuple[str | None, str | None]
+"""User name and password."""
 
 _PACKET_LIMIT = wire.MAX_REMAINING_LENGTH + 5
 
@@ -62,10 +67,15 @@ class Connector:
     """
 
     def __init__(
-        self, config: MQTTClientConfig, transport: Transport, will: Callable[[], Will | None]
+        self,
+        config: MQTTClientConfig,
+        transport: Transport,
+        will: Callable[[], Will | None],
+        start_call: Start | None = None,
     ) -> None:
         self._config = config
         self._transport = transport
+        self._aside = Aside(transport, config.client_id, start_call)
         self._will = will
         self._urls = deque(config.urls)
         self._spoken: dict[BrokerURL, int] = {}
@@ -95,12 +105,15 @@ class Connector:
         raise ConnectError("; ".join(map(str, failures)))
 
     def _try(self, url: BrokerURL, interrupted: Callable[[], bool]) -> Connection:
-        deadline = time.monotonic() + self._config.connect_timeout
+        now = time.monotonic()
+        deadline = now + self._config.connect_timeout
+        # What the user's function takes must leave time for the broker.
+        login = self._login(url, now + self._config.connect_timeout / 2, interrupted)
         versions = self._versions(url)
         for number, version in enumerate(versions, start=1):
             last = number == len(versions)
             try:
-                connection = self._handshake(url, version, deadline, last, interrupted)
+                connection = self._handshake(url, version, login, deadline, last, interrupted)
             except VersionRefusedError as error:
                 self._transport.drop()
                 self._spoken.pop(url, None)
@@ -125,11 +138,30 @@ class Connector:
             return (self._spoken[url],)
         return MQTT_5, MQTT_3_1_1
 
+    def _login(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Login:
+        ask = self._config.credentials
+        if ask is None:
+            return self._config.user_and_password(url)
+        try:
+            answer = self._aside.call("credentials", ask, deadline, interrupted)
+        except CallFailedError as error:
+            raise ConnectError(f"no connection to {url}: the credentials callable {error}") from error
+        if problem := _objection(answer):
+            raise ConnectError(f"no connection to {url}: what the credentials callable returned {problem}")
+        username, password = answer
+        return username, password
+
     def _handshake(
-        self, url: BrokerURL, version: int, deadline: float, last: bool, interrupted: Callable[[], bool]
+        self,
+        url: BrokerURL,
+        version: int,
+        login: Login,
+        deadline: float,
+        last: bool,
+        interrupted: Callable[[], bool],
     ) -> Connection:
         config = self._config
-        username, password = config.credentials(url)
+        username, password = login
         request = ConnectRequest(
             url=url,
             version=version,
@@ -176,6 +208,18 @@ class Connector:
                     raise ConnectionLostError(f"the broker ended the connection: {reason}")
                 case [_, *_]:
                     raise ConnectionLostError("the broker did not begin with CONNACK [MQTT-3.2.0-1]")
+
+
+def _objection(answer: object) -> str | None:
+    """What is wrong with an answer of the user's function; quotes nothing of it."""
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        return f"is a {type(answer).__name__}, and not a tuple of user name and password"
+    for noun, check, part in zip(
+        ("user name", "password"), (rule.username, rule.password), answer, strict=True
+    ):
+        if problem := check(part):
+            return f"has a {noun} that {problem}"
+    return None
 
 
 def _check(connack: Connack, url: BrokerURL) -> None:

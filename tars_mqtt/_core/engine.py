@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
+from tars_mqtt._core.aside import Start
 from tars_mqtt._core.dispatch import Consumer, Dispatcher, in_work
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
@@ -66,6 +67,7 @@ class Engine:
         self,
         config: MQTTClientConfig,
         make_dispatcher: MakeDispatcher,
+        start_call: Start | None = None,
     ) -> None:
         self.config = config
         self.state = StateCell()
@@ -83,7 +85,7 @@ class Engine:
         )
         self._outbound.refuse(_not_started())
         self.health = Health(config, self._send_health)
-        self._session = Session(config, self.state, self._registry, self._outbound, self.health)
+        self._session = Session(config, self.state, self._registry, self._outbound, self.health, start_call)
         self._session.inbound = Inbound(
             self._registry, self.dispatcher, self.counters, self._session.offer_to_paho, config.client_id
         )

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backoff import Backoff
 from tars_mqtt._core.connector import MQTT_3_1_1, MQTT_5, Connection, Connector
 from tars_mqtt._core.inbound import Inbound
@@ -79,6 +80,7 @@ class Session:
         registry: Registry,
         outbound: Outbound,
         companion: Companion,
+        start_call: Start | None = None,
     ) -> None:
         self._config = config
         self._state = state
@@ -89,7 +91,7 @@ class Session:
             MQTT_3_1_1 if config.protocol == "3.1.1" else MQTT_5,
             clean=config.session_expiry == 0,
         )
-        self._connector = Connector(config, self.transport, companion.will)
+        self._connector = Connector(config, self.transport, companion.will, start_call)
         self._subscriber = Subscriber(registry, self.transport, config.client_id)
         self.inbound: Inbound
         # Any thread:
@@ -199,7 +201,9 @@ class Session:
         try:
             connection = self._connector.connect(self._interrupted)
         except ConnectRefusedError as error:
-            return self._failed(error, curable=error.retriable)
+            # A function for credentials may have others the next time; whoever waits in connect() is told.
+            may_change = self._config.credentials is not None and self._first.done()
+            return self._failed(error, curable=error.retriable or may_change)
         except (ConfigError, TLSFailedError) as error:
             return self._failed(error, curable=False)
         except ConnectError as error:

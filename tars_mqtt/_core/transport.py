@@ -293,7 +293,9 @@ class Transport:
             self.client = self._new_client(request.version)
         client = self.client
         client.next_socket = self._port
-        client.username_pw_set(request.username, request.password)
+        # paho leaves out a password without a user name.
+        nameless = request.username is None and request.password is not None
+        client.username_pw_set("" if nameless else request.username, request.password)
         client.will_clear()
         if request.will is not None:
             will = request.will

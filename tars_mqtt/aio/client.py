@@ -65,7 +65,7 @@ class MQTTClient:
 
     def _start_up(self, config: MQTTClientConfig) -> None:
         self._bridge = Bridge()
-        self._engine = Engine(config, self._make_dispatcher)
+        self._engine = Engine(config, self._make_dispatcher, self._bridge.start_call)
         self._executor: ThreadPoolExecutor | None = None
         self._stop: asyncio.Event | None = None
         self._paho = PahoFace(self)

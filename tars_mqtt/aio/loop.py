@@ -8,10 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
+from tars_mqtt._core.aside import on_a_thread
 from tars_mqtt._core.dispatch import Burst, Consumer
-from tars_mqtt._core.handler import HandlerCall
+from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.workers import WorkerPool
@@ -52,6 +54,14 @@ class Bridge:
         if not self._scheduled and self.loop is not None:
             self._schedule(self.loop)
 
+    def start_call(self, function: Callable[[], Any], name: str) -> Future[Any]:
+        """Await a coroutine function on the loop, call a plain one on a thread. Any thread but the loop's."""
+        if not is_coroutine_function(function):
+            return on_a_thread(function, name)
+        if self.loop is None or self.loop.is_closed():
+            raise RuntimeError("the client's event loop is closed")
+        return asyncio.run_coroutine_threadsafe(_run_named(function, name), self.loop)
+
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = True
         try:
@@ -68,6 +78,13 @@ class Bridge:
             calls.popleft()()
         if calls and not self._scheduled and self.loop is not None:
             self._schedule(self.loop)
+
+
+async def _run_named(function: Callable[[], Any], name: str) -> Any:
+    task = asyncio.current_task()
+    assert task is not None
+    task.set_name(name)
+    return await function()
 
 
 class CoroutineCall(HandlerCall):

@@ -111,10 +111,15 @@ def test_the_table_of_settings_matches_the_code():
 
 def rows() -> list[str]:
     return [
-        f"| `{field.name}` | `MQTT_{field.metadata['env']}` | {default_of(field)} "
+        f"| `{field.name}` | {variable_of(field)} | {default_of(field)} "
         f"| {allowed_in(field)} | {field.metadata['doc']} |"
         for field in attrs.fields(MQTTClientConfig)
     ]
+
+
+def variable_of(field: Any) -> str:
+    variable = field.metadata["env"]
+    return f"`MQTT_{variable}`" if variable else "none"
 
 
 def default_of(field: Any) -> str:
@@ -136,7 +141,7 @@ def test_every_setting_is_in_the_example_environment():
     """.env.example names each variable, and shows the default where there is one."""
     lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
     shown = dict(line.removeprefix("# ").split("=", 1) for line in lines if re.match(r"(# )?MQTT_\w+=", line))
-    fields = attrs.fields(MQTTClientConfig)
+    fields = [field for field in attrs.fields(MQTTClientConfig) if field.metadata["env"]]
     assert shown.keys() == {f"MQTT_{field.metadata['env']}" for field in fields}
     for field in fields:
         if field.default not in (attrs.NOTHING, None):
@@ -196,6 +201,14 @@ def connection_errors(make_broker: Any) -> Iterator[str]:
         with pytest.raises(ConnectError) as caught:
             client.connect()
         yield str(caught.value)
+
+    def fails() -> tuple[str, str]:
+        raise OSError
+
+    client = MQTTClient("mqtt://localhost", "a", connect_timeout=1, credentials=fails)
+    with pytest.raises(ConnectError) as caught:
+        client.connect()
+    yield str(caught.value)
 
 
 def publish_errors(broker: Any) -> Iterator[str]:

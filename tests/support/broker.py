@@ -144,6 +144,14 @@ class Broker:
     def thaw(self) -> None:
         self._engine.thaw()
 
+    def set_users(self, users: Mapping[str, str]) -> None:
+        """Let in these users from now on; mosquitto throws out whoever is connected with another password."""
+        self._users = dict(users)
+        self._write_passwords()
+        said = self.log.count("Reloading config")
+        self._engine.reload()
+        eventually(lambda: self.log.count("Reloading config") > said, message="mosquitto reads its passwords")
+
     def close(self) -> None:
         """Kill it if need be, and remove its directory. May be called twice."""
         if self.running:
@@ -160,15 +168,18 @@ class Broker:
             # mosquitto would become another user, who may not write here.
             lines.append("user root")
         if self._users:
-            passwords = self.directory / "passwords"
-            passwords.write_text("".join(map(_password_line, self._users, self._users.values())))
-            passwords.chmod(0o600)
-            lines.append(f"password_file {passwords}")
+            lines.append(f"password_file {self._write_passwords()}")
         if self._persistence:
             lines += ["persistence true", f"persistence_location {self.directory}/"]
             lines += ["autosave_on_changes true", "autosave_interval 1"]
         path = self.directory / "mosquitto.conf"
         path.write_text("\n".join([*lines, *self._config, ""]))
+        return path
+
+    def _write_passwords(self) -> Path:
+        path = self.directory / "passwords"
+        path.write_text("".join(map(_password_line, self._users, self._users.values())))
+        path.chmod(0o600)
         return path
 
 
@@ -181,6 +192,7 @@ class _Engine(Protocol):
     def running(self) -> bool: ...
     def start(self, arguments: list[str], log: int) -> None: ...
     def signal(self, number: signal.Signals) -> None: ...
+    def reload(self) -> None: ...
     def freeze(self) -> None: ...
     def thaw(self) -> None: ...
 
@@ -210,6 +222,9 @@ class _Process:
             # A frozen process takes the signal when it is thawed, and not before.
             process.send_signal(signal.SIGCONT)
         process.wait(10)
+
+    def reload(self) -> None:
+        self._running_process().send_signal(signal.SIGHUP)
 
     def freeze(self) -> None:
         process = self._running_process()
@@ -252,6 +267,9 @@ class _Container:
         assert self._client is not None, "the broker was never started"
         self._docker("kill", f"--signal={number.name}")
         self._client.wait(30)
+
+    def reload(self) -> None:
+        self._docker("kill", "--signal=SIGHUP")
 
     def freeze(self) -> None:
         self._docker("pause")
