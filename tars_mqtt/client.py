@@ -95,7 +95,9 @@ class MQTTClient:
 
         Raises:
             ConnectRefusedError: The broker said no for good: wrong password, not authorised, bad client id.
-            ConnectError: No connection came about in time; nothing is left running.
+            ConnectError: No connection came about in time, or one side does not trust the other's certificate,
+                which waiting cannot cure; nothing is left running.
+            ConfigError: A file that a setting names cannot be used: a certificate, a key, a password.
             SubscribeError: The broker refused some of the subscriptions. The client is connected.
         """
         self._engine.connect(seconds(timeout, self.config.connect_timeout))

@@ -17,7 +17,7 @@ class TarsMQTTError(Exception):
 
 
 class ConfigError(TarsMQTTError, ValueError):
-    """One or more settings are wrong.
+    """One or more settings are wrong, or a file that one of them names cannot be used.
 
     Attributes:
         problems: One sentence per wrong field, in the order of the fields.

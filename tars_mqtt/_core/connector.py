@@ -12,7 +12,8 @@ import attrs
 from tars_mqtt import rule
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Aside, CallFailedError, Start
-from tars_mqtt._core.tls import TLSFailedError, explain, secure
+from tars_mqtt._core.dial import LastingError
+from tars_mqtt._core.tls import failure_of, secure
 from tars_mqtt._core.transport import (
     Connack,
     ConnectionLostError,
@@ -55,8 +56,19 @@ class Connection:
     """What came right behind the CONNACK."""
 
 
+def curable(error: ConnectError | ConfigError) -> bool:
+    """Whether another attempt may succeed without anybody mending something."""
+    if isinstance(error, ConnectRefusedError):
+        return error.retriable
+    return not isinstance(error, (ConfigError, LastingError))
+
+
 class VersionRefusedError(Exception):
     """This version of the protocol did not work out; another may."""
+
+
+class NoConnackError(ConnectionLostError):
+    """The broker speaks MQTT, or nothing at all, and did not answer CONNECT."""
 
 
 class Connector:
@@ -89,7 +101,8 @@ class Connector:
         """Get one connection, from the first broker that gives one.
 
         Raises:
-            ConnectError: None does. A `ConnectRefusedError` or a `ConfigError` when that is the answer of all.
+            ConnectError: None does; of a kind that is not `curable` when that is true of each.
+            ConfigError: A setting cannot be used, with any of them.
             Interrupted: The client is leaving.
         """
         failures: list[ConnectError | ConfigError] = []
@@ -100,9 +113,12 @@ class Connector:
                 failures.append(error)
                 self._transport.drop()
                 self._urls.rotate(-1)
-        if len(failures) == 1 or all(isinstance(failure, ConnectRefusedError) for failure in failures):
-            raise failures[0]
-        raise ConnectError("; ".join(map(str, failures)))
+        first = next(filter(curable, failures), failures[0])
+        alike = len(set(map(str, failures))) == 1
+        if alike or all(isinstance(each, ConnectRefusedError) for each in failures):
+            raise first
+        text = "; ".join(map(str, failures))
+        raise ConnectError(text) if curable(first) else LastingError(text)
 
     def _try(self, url: BrokerURL, interrupted: Callable[[], bool]) -> Connection:
         now = time.monotonic()
@@ -120,7 +136,7 @@ class Connector:
                 if last:
                     raise ConnectError(f"no connection to {url}: {error}") from None
                 logger.info(
-                    "%s with MQTT 5; trying MQTT 3.1.1", error, extra={"client_id": self._config.client_id}
+                    "MQTT 5: %s; trying MQTT 3.1.1", error, extra={"client_id": self._config.client_id}
                 )
             except ConnectionLostError as error:
                 if self._spoken.get(url) == MQTT_5:
@@ -183,13 +199,14 @@ class Connector:
             answer_by = deadline if last else now + (deadline - now) / 2
             connack, events = self._await_connack(answer_by, interrupted)
         except TLSAlertError as error:
-            raise TLSFailedError(
-                f"no trusted connection to {url}: {explain(error.error, url, config)}"
-            ) from error
+            raise failure_of(error.error, url, config) from error.error
         except (ConnectionLostError, wire.MalformedPacketError) as error:
+            reason = str(error)
+            if url.scheme == "mqtt" and not isinstance(error, NoConnackError):
+                reason += "; write mqtts:// if that is a port for TLS"
             if config.protocol == "auto" and url not in self._spoken:
-                raise VersionRefusedError(str(error)) from None
-            raise ConnectionLostError(str(error)) from None
+                raise VersionRefusedError(reason) from None
+            raise ConnectionLostError(reason) from None
         _check(connack, url)
         return Connection(url=url, version=version, connack=connack, events=events)
 
@@ -200,14 +217,14 @@ class Connector:
                 raise Interrupted
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise ConnectionLostError("the broker did not answer CONNECT in time")
+                raise NoConnackError("the broker did not answer CONNECT in time")
             match self._transport.poll(remaining, more=False):
                 case [Connack() as connack, *rest]:
                     return connack, rest
                 case [Goodbye(_, reason), *_]:
-                    raise ConnectionLostError(f"the broker ended the connection: {reason}")
+                    raise NoConnackError(f"the broker ended the connection: {reason}")
                 case [_, *_]:
-                    raise ConnectionLostError("the broker did not begin with CONNACK [MQTT-3.2.0-1]")
+                    raise NoConnackError("the broker did not begin with CONNACK [MQTT-3.2.0-1]")
 
 
 def _objection(answer: object) -> str | None:

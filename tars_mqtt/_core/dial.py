@@ -6,6 +6,7 @@ import errno
 import os
 import selectors
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,10 @@ _PATIENCE = 0.05
 
 class Interrupted(Exception):  # noqa: N818 - not an error: somebody wants the network thread to leave
     """The attempt was called off."""
+
+
+class LastingError(ConnectError):
+    """Trying again will not cure it: somebody must mend a file, a setting or the broker first."""
 
 
 def dial(url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
@@ -104,6 +109,8 @@ def _name(address: object) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, in the operating system's words."""
+    """What went wrong, in the words of the operating system, or of OpenSSL."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.lower()

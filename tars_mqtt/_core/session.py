@@ -13,14 +13,13 @@ from typing import Protocol
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backoff import Backoff
-from tars_mqtt._core.connector import MQTT_3_1_1, MQTT_5, Connection, Connector
+from tars_mqtt._core.connector import MQTT_3_1_1, MQTT_5, Connection, Connector, curable
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.liveness import Liveness
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.state import ConnectionState, StateCell
 from tars_mqtt._core.subscriber import Subscriber
-from tars_mqtt._core.tls import TLSFailedError
 from tars_mqtt._core.transport import (
     LAST_PAHO_PACKET_ID,
     Connack,
@@ -203,11 +202,9 @@ class Session:
         except ConnectRefusedError as error:
             # A function for credentials may have others the next time; whoever waits in connect() is told.
             may_change = self._config.credentials is not None and self._first.done()
-            return self._failed(error, curable=error.retriable or may_change)
-        except (ConfigError, TLSFailedError) as error:
-            return self._failed(error, curable=False)
-        except ConnectError as error:
-            return self._failed(error)
+            return self._failed(error, error.retriable or may_change)
+        except (ConnectError, ConfigError) as error:
+            return self._failed(error, curable(error))
         started = time.monotonic()
         end: Exception | None = None
         try:
@@ -222,15 +219,15 @@ class Session:
             self._lost(end, held)
         return self._delay_after(held, taken_over=isinstance(end, TakenOverError))
 
-    def _failed(self, error: Exception, curable: bool = True) -> float:
+    def _failed(self, error: Exception, is_curable: bool = True) -> float:
         self.transport.drop()
         self.last_error = str(error)
-        if not curable and self._settle_first(error):
+        if not is_curable and self._settle_first(error):
             self._leave_by = time.monotonic()
             return 0.0
-        delay = self._backoff.next() if curable else self._backoff.longest()
+        delay = self._backoff.next() if is_curable else self._backoff.longest()
         logger.log(
-            logging.WARNING if curable else logging.ERROR,
+            logging.WARNING if is_curable else logging.ERROR,
             "%s; next attempt in %.1f s",
             error,
             delay,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections import deque
+from typing import TypeGuard
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dial import reason_of
@@ -37,6 +38,11 @@ class TLSAlertError(ConnectionLostError):
     def __init__(self, error: ssl.SSLError) -> None:
         super().__init__(f"the broker ended the TLS connection: {reason_of(error)}")
         self.error = error
+
+
+def is_alert(error: BaseException) -> TypeGuard[ssl.SSLError]:
+    """Whether the peer says that it does not want to go on."""
+    return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
 
 
 class Stream:
@@ -82,9 +88,9 @@ class Stream:
             data = self._socket.recv(_RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return []
-        except ssl.SSLError as error:
-            raise TLSAlertError(error) from error
         except OSError as error:
+            if is_alert(error):
+                raise TLSAlertError(error) from error
             raise ConnectionLostError(f"reading failed: {reason_of(error)}") from error
         if not data:
             raise HungUpError("the broker closed the connection")

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 
 from tars_mqtt._core.dial import await_ready, reason_of
-from tars_mqtt._core.stream import TLSAlertError
+from tars_mqtt._core.stream import TLSAlertError, is_alert
 from tars_mqtt._core.wire import MalformedPacketError
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
@@ -217,7 +217,7 @@ def upgrade(
             raise ConnectError(f"no websocket at {url}: {problem}; check host, port and path of mqtt_url")
     except BaseException as error:
         sock.close()
-        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+        if is_alert(error):
             raise TLSAlertError(error) from error
         if isinstance(error, OSError):
             raise ConnectError(f"no websocket at {url}: {reason_of(error)}") from error

@@ -105,6 +105,10 @@ class FaultProxy:
         """Listen again, on the same port."""
         self._call(self._accept())
 
+    def redirect(self, upstream: str) -> None:
+        """Lead new connections to another broker. Those there are stay."""
+        self._upstream = address_of(upstream)
+
     def close(self) -> None:
         """Cut what is open and end the thread. May be called twice."""
         if self._loop.is_closed():

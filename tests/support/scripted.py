@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from typing import TYPE_CHECKING
@@ -37,13 +38,32 @@ class ScriptedConnection:
         number: 1 for the broker's first connection.
         level: 4 for MQTT 3.1.1 and 5 for MQTT 5, once CONNECT was read with ``accept``.
         packets: What has been read so far.
+        client_serial: The number of the certificate that the client has shown over TLS.
     """
 
     def __init__(self, stream: socket.socket, number: int) -> None:
         self.number = number
         self.level = mqtt.V311
         self.packets: list[Packet] = []
+        self.client_serial: int | None = None
         self._stream = stream
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Do the TLS handshake, as the server."""
+        # Not in the constructor: it would hide the socket from ``interrupt`` meanwhile.
+        secured = context.wrap_socket(self._stream, server_side=True, do_handshake_on_connect=False)
+        self._stream = secured
+        try:
+            secured.do_handshake()
+        except OSError as error:
+            # Closing with unread bytes would be a RST, which may overtake the alert in a proxy.
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(secured, socket.SHUT_WR)
+                while socket.socket.recv(secured, 4096):
+                    pass
+            raise ConnectionEnded(str(error)) from error
+        if shown := secured.getpeercert():
+            self.client_serial = int(str(shown["serialNumber"]), 16)
 
     def read(self) -> Packet:
         packet = mqtt.read_packet(self._receive)
@@ -119,6 +139,11 @@ class ScriptedConnection:
         while True:
             self.read()
 
+    def ignore(self) -> None:
+        """Read whatever comes, be it MQTT or not, and stay until the client leaves."""
+        while True:
+            self._receive(1)
+
     def close(self) -> None:
         """End the connection in good order (FIN)."""
         with contextlib.suppress(OSError):
@@ -158,12 +183,14 @@ class ScriptedBroker:
     Args:
         scripts: The first connection is played by the first of them and so on; the last one plays all
             connections that still come.
+        tls: With it, connections begin with a TLS handshake.
     """
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, tls: ssl.SSLContext | None = None) -> None:
         assert scripts, "a broker needs a script"
         self.port = free_port()
-        self.url = f"mqtt://{HOST}:{self.port}"
+        self.url = f"{'mqtts' if tls else 'mqtt'}://{HOST}:{self.port}"
+        self._tls = tls
         self.connections: list[ScriptedConnection] = []
         self._scripts = scripts
         self._errors: list[BaseException] = []
@@ -233,6 +260,8 @@ class ScriptedBroker:
 
     def _play(self, script: Script, connection: ScriptedConnection) -> None:
         try:
+            if self._tls is not None:
+                connection.secure(self._tls)
             script(connection)
         except ConnectionEnded:
             pass
