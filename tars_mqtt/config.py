@@ -155,6 +155,12 @@ class MQTTClientConfig:
     max_pending: int = _setting(
         10_000, "MAX_PENDING", rule.whole(1), "Incoming messages waiting for handlers"
     )
+    max_payload_bytes: int = _setting(
+        2**26,
+        "MAX_PAYLOAD_BYTES",
+        rule.whole(1, 268_435_455),
+        "Bytes of an incoming message; a larger one is dropped",
+    )
     outbox: _Path | None = attrs.field(
         default=None,
         kw_only=True,

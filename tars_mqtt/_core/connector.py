@@ -42,8 +42,6 @@ _RETRIABLE = frozenset((0x03, 0x80, 0x81, 0x82, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x
 Login = tuple[str | None, str | None]
 """User name and password."""
 
-_PACKET_LIMIT = wire.MAX_REMAINING_LENGTH + 5
-
 
 @attrs.frozen(kw_only=True)
 class Connection:
@@ -187,7 +185,7 @@ class Connector:
             keepalive=config.keepalive,
             session_expiry=int(config.session_expiry),
             receive_maximum=min(config.max_pending, 65_535),
-            packet_limit=_PACKET_LIMIT,
+            packet_limit=wire.packet_limit(config.max_payload_bytes),
             will=self._will(),
             deadline=deadline,
             secure=(lambda sock: secure(sock, url, config, deadline, interrupted)) if url.tls else None,

@@ -87,7 +87,12 @@ class Engine:
         self.health = Health(config, self._send_health)
         self._session = Session(config, self.state, self._registry, self._outbound, self.health, start_call)
         self._session.inbound = Inbound(
-            self._registry, self.dispatcher, self.counters, self._session.offer_to_paho, config.client_id
+            self._registry,
+            self.dispatcher,
+            self.counters,
+            self._session.offer_to_paho,
+            config.client_id,
+            config.max_payload_bytes,
         )
         self._source = config.source_name
         self._correlation = config.correlation

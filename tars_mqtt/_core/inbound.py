@@ -11,6 +11,7 @@ from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.ledger import Ledger
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stats import Counters
+from tars_mqtt._core.throttle import Throttle
 from tars_mqtt.message import Message
 
 logger = logging.getLogger("tars_mqtt.dispatch")
@@ -31,7 +32,11 @@ class Inbound:
         counters: Counters,
         offer_elsewhere: Callable[[int, bytes], bool],
         client_id: str = "",
+        max_payload_bytes: int = wire.MAX_REMAINING_LENGTH,
     ) -> None:
+        self._max_payload_bytes = max_payload_bytes
+        self._surely_small = min(max_payload_bytes, wire.MAX_PROPERTIES_BYTES)
+        self._too_large = Throttle()
         self._client_id = client_id
         self._registry = registry
         self._dispatcher = dispatcher
@@ -125,6 +130,11 @@ class Inbound:
         if self._closing:
             # Unacknowledged: the broker delivers it to the next connection of this session.
             return
+        if len(body) > self._surely_small and (
+            len(payload) > self._max_payload_bytes or len(properties) > wire.MAX_PROPERTIES_BYTES
+        ):
+            self._give_up(Message(topic, b"", qos, retain, dup), packet_id)
+            return
         message = Message(topic, payload, qos, retain, dup, properties)
         if qos and self._ledger.known(packet_id, message):
             return
@@ -136,6 +146,17 @@ class Inbound:
         acknowledgement = self._ledger.accept(packet_id, message, len(takers)) if qos else None
         for registration in takers:
             self._deliver(registration, Delivery(message, acknowledgement))
+
+    def passed_over(self, first: int, head: bytes) -> None:
+        """Enter what is left of a PUBLISH that was too large to be held.
+
+        Raises:
+            MalformedPacketError: It breaks the standard.
+        """
+        topic, _, qos, retain, dup, packet_id, _ = wire.decode_publish(wire.PUBLISH | first, head, v5=False)
+        self.messages += 1
+        if not self._closing:
+            self._give_up(Message(topic, b"", qos, retain, dup), packet_id)
 
     def release(self, packet_id: int) -> bytes | None:
         """Answer PUBREL; None when the packet id is not ours."""
@@ -227,6 +248,21 @@ class Inbound:
         else:
             self._no_handler(message)
             self._ledger.accept(packet_id, message, 0)
+
+    def _give_up(self, message: Message, packet_id: int) -> None:
+        """Drop a message that is too large; acknowledged, since the broker would bring it again for ever."""
+        if message.qos:
+            if self._ledger.known(packet_id, message):
+                return
+            self._ledger.accept(packet_id, message, 0)
+        self._counters.drop("max_payload_bytes")
+        if count := self._too_large.admit():
+            logger.warning(
+                "dropped %d messages larger than max_payload_bytes, the last of them on %r",
+                count,
+                message.topic,
+                extra=self._extra(message),
+            )
 
     def _no_handler(self, message: Message) -> None:
         self._counters.drop("no_handler")

@@ -44,6 +44,9 @@ logger = logging.getLogger("tars_mqtt.session")
 _TAKEN_OVER = 0x8E
 _SHORT_TIME = 60.0
 """Seconds; connections that are hung up sooner, again and again, look like a quarrel over the client id."""
+_PACKET_IDS = 65_535
+_MOST_UNSENT_PACKETS = 4 * _PACKET_IDS
+"""More than the window, what `Outbound` writes ahead and all acknowledgements can come to."""
 _HOMELESS_TIME = 2.0
 """Seconds after the last subscribe that messages of an earlier process wait for one to take them."""
 
@@ -354,6 +357,8 @@ class Session:
                 inbound.publish(first, body)
             elif kind == wire.PINGRESP:
                 self._on_pingresp()
+            elif kind == wire.PASSED_OVER:
+                inbound.passed_over(first, body)
             else:
                 self._on_acknowledgement(kind, first, body)
         inbound.hand_over()
@@ -397,6 +402,7 @@ class Session:
         now = time.monotonic()
         liveness = self._liveness
         liveness.note(now, self.transport.signs_of_life, self.transport.traffic[1])
+        self._refuse_floods()
         congested = not self._v5 and self.inbound.unacknowledged >= self._config.max_pending
         self.transport.pause(congested)
         if congested:
@@ -420,6 +426,13 @@ class Session:
         if self._ready:
             due = min(due, self._companion.tick(now))
         return max(0.0, due - now)
+
+    def _refuse_floods(self) -> None:
+        """A broker that keeps to the standard can do neither of these; another must not fill our memory."""
+        if self.inbound.unacknowledged > _PACKET_IDS:
+            raise ConnectionLostError("the broker has more messages under way than there are packet ids")
+        if self.transport.unsent_packets > _MOST_UNSENT_PACKETS:
+            raise ConnectionLostError("the broker does not read the answers to what it sends")
 
     # -- it ends ------------------------------------------------------------------------------
 

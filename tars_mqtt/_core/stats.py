@@ -28,8 +28,8 @@ class Stats:
         handler_retries: Further attempts after a failure.
         handler_timeouts: Handlers that did not return in time.
         dead_letters: Deliveries that ended as dead letters.
-        dropped: Messages given up, by reason: ``max_pending``, ``no_handler``, ``unsubscribed``,
-            ``connection_lost``, ``dead_letter``, ``shutdown``.
+        dropped: Messages given up, by reason: ``max_pending``, ``max_payload_bytes``, ``no_handler``,
+            ``unsubscribed``, ``connection_lost``, ``dead_letter``, ``shutdown``.
         connections: Connections established.
         reconnects: Connections established after the first.
         queued: Outgoing messages held now, unacknowledged ones included.

@@ -16,6 +16,9 @@ _RECEIVE_BYTES = 65_536
 _SMALL_BYTES = 1024
 """A read shorter than this is a few packets at rest, not a stream under way."""
 
+_MOST_HEAD_BYTES = 2 + 65_535 + 2
+"""Of a PUBLISH: the longest topic with its length, and a packet id."""
+
 _SEND_BYTES = 262_144
 """Packets are joined into one ``send`` up to about this size."""
 
@@ -45,6 +48,28 @@ def is_alert(error: BaseException) -> TypeGuard[ssl.SSLError]:
     return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
 
 
+class _PassedOver:
+    """A PUBLISH that is too large to be held, as it goes by: topic and packet id are all that stays."""
+
+    def __init__(self, first: int, length: int) -> None:
+        self._first = first
+        self._head = b""
+        self.left = length
+
+    def take(self, data: bytes) -> bytes:
+        """Let go of what belongs to it, and return what stands behind it."""
+        own = data[: self.left]
+        self.left -= len(own)
+        self._head += own[: _MOST_HEAD_BYTES - len(self._head)]
+        return data[len(own) :]
+
+    @property
+    def packet(self) -> tuple[int, bytes]:
+        """What remains, under the name that `wire` has for it."""
+        topic_bytes = int.from_bytes(self._head[:2])
+        return wire.PASSED_OVER | self._first & 0x0F, self._head[: 2 + topic_bytes + 2]
+
+
 class Stream:
     """Buffers a non-blocking socket, so that packets cost no system call each.
 
@@ -55,7 +80,8 @@ class Stream:
         self._socket = sock
         self._packet_limit = packet_limit
         self._v5 = v5
-        self._broken = False
+        self._unsplit = False
+        self._passed_over: _PassedOver | None = None
         self._acknowledge_quickly = _is_tcp(sock) and hasattr(socket, "TCP_QUICKACK")
         self._pieces: list[bytes] = []
         self._piece_bytes = 0
@@ -78,12 +104,17 @@ class Stream:
     def receive(self) -> list[tuple[int, bytes]]:
         """Read what is there and return the packets that are complete, as first byte and body.
 
+        Of a PUBLISH above the packet limit only the head comes, as a `wire.PASSED_OVER`.
+
         Raises:
             ConnectionLostError: The peer closed, or the socket failed.
             MalformedPacketError: What arrived is not MQTT.
         """
-        if self._broken:
-            wire.split_packets(b"".join(self._pieces), self._packet_limit, self._v5)
+        if self._unsplit:
+            self._unsplit = False
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            return self._split(data)
         try:
             data = self._socket.recv(_RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -100,6 +131,8 @@ class Stream:
             # PUBLISH for instance, would wait for our delayed acknowledgement, 40 ms. Linux forgets the
             # option now and then, so it is set anew.
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if self._passed_over is not None:
+            return self._pass_over(self._passed_over, data)
         if self._pieces:
             # A packet of many reads is joined once, when it is complete, not at every read.
             self._pieces.append(data)
@@ -108,19 +141,40 @@ class Stream:
                 return []
             data = b"".join(self._pieces)
             self._pieces.clear()
-        packets, consumed, self._needed = wire.split_packets(data, self._packet_limit, self._v5)
+        return self._split(data)
+
+    def _split(self, data: bytes) -> list[tuple[int, bytes]]:
+        try:
+            packets, consumed, self._needed = wire.split_packets(data, self._packet_limit, self._v5)
+        except wire.MalformedPacketError as error:
+            if error.reason != wire.PACKET_TOO_LARGE or data[0] & 0xF0 != wire.PUBLISH:
+                raise
+            length, start = wire.decode_varint(data, 1)
+            self._passed_over = _PassedOver(data[0], length)
+            return self._pass_over(self._passed_over, data[start:])
         if consumed < len(data):
-            rest = data[consumed:] if consumed else data
-            self._pieces.append(rest)
-            self._piece_bytes = len(rest)
-            # What is malformed behind whole packets is said when those are dealt with.
-            self._broken = self._needed == 0
+            # What is malformed or too large behind whole packets is seen to when those are dealt with.
+            self._keep(data[consumed:] if consumed else data, unsplit=self._needed == 0)
         return [(first, data[start:end]) for first, start, end in packets]
 
+    def _pass_over(self, packet: _PassedOver, data: bytes) -> list[tuple[int, bytes]]:
+        rest = packet.take(data)
+        if packet.left:
+            return []
+        self._passed_over = None
+        if rest:
+            self._keep(rest, unsplit=True)
+        return [packet.packet]
+
+    def _keep(self, rest: bytes, unsplit: bool) -> None:
+        self._pieces.append(rest)
+        self._piece_bytes = len(rest)
+        self._unsplit = unsplit
+
     def has_more(self) -> bool:
-        """Whether there is something to `receive` that no selector sees: bytes inside the TLS layer."""
+        """Whether there is something to `receive` that no selector sees: here, or inside the TLS layer."""
         pending = getattr(self._socket, "pending", None)
-        return self._broken or (pending is not None and pending() > 0)
+        return self._unsplit or (pending is not None and pending() > 0)
 
     # -- out ------------------------------------------------------------------------------
 
@@ -170,6 +224,11 @@ class Stream:
             size += len(packet)
             batch.append(packet)
         return b"".join(batch)
+
+    @property
+    def outgoing_packets(self) -> int:
+        """Packets that wait to be sent."""
+        return len(self._outgoing)
 
     def close(self) -> None:
         """Close the socket. Idempotent."""

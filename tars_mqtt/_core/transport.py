@@ -61,6 +61,9 @@ at a time [MQTT-2.2.1-3]."""
 _CONTROL = frozenset((0x20, 0x90, 0xB0, 0xE0, 0xF0))
 """CONNACK, SUBACK, UNSUBACK, DISCONNECT and AUTH are paho's."""
 
+_MOST_CONTROL_BYTES = 262_144
+"""Of one of these: paho makes objects of all their properties, on the network thread."""
+
 
 # -- what is asked and what is told -----------------------------------------------------------
 
@@ -304,6 +307,8 @@ class Transport:
         if request.version == mqtt.MQTTv5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.ReceiveMaximum = request.receive_maximum
+            if request.packet_limit < wire.MAX_PACKET_BYTES:
+                properties.MaximumPacketSize = request.packet_limit
             if request.session_expiry:
                 properties.SessionExpiryInterval = request.session_expiry
             client.connect_async(
@@ -359,6 +364,11 @@ class Transport:
     def unsent_bytes(self) -> int:
         """Bytes that the socket has not taken yet."""
         return self._stream.outgoing_bytes if self._stream else 0
+
+    @property
+    def unsent_packets(self) -> int:
+        """Packets that the socket has not taken yet."""
+        return self._stream.outgoing_packets if self._stream else 0
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -485,6 +495,10 @@ class Transport:
                 if flow:
                     self._events.append(Packets(flow))
                     flow = []
+                if len(body) > _MOST_CONTROL_BYTES:
+                    raise ConnectionLostError(
+                        f"the broker sent a packet of type {first >> 4} that is too large"
+                    )
                 self._control(first, body)
             else:
                 flow.append((first, body))

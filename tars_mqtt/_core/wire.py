@@ -29,8 +29,17 @@ PINGRESP: Final = 0xD0
 DISCONNECT: Final = 0xE0
 AUTH: Final = 0xF0
 
+PASSED_OVER: Final = 0x00
+"""Nothing on the wire begins with it: what is left of a PUBLISH that was too large to be held, with its
+flags; topic and packet id."""
+
 PINGREQ_PACKET: Final = b"\xc0\x00"
 MAX_REMAINING_LENGTH: Final = 268_435_455
+MAX_PACKET_BYTES: Final = 5 + MAX_REMAINING_LENGTH
+MAX_PROPERTIES_BYTES: Final = 65_535
+"""Of a PUBLISH that we take; the standard has no limit, and they are read on the network thread."""
+
+_BESIDE_PAYLOAD: Final = 5 + 2 + 65_535 + 2 + 3 + MAX_PROPERTIES_BYTES
 
 MALFORMED_PACKET: Final = 0x81
 PROTOCOL_ERROR: Final = 0x82
@@ -79,6 +88,11 @@ class MalformedPacketError(Exception):
     def __init__(self, message: str, reason: int = MALFORMED_PACKET) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def packet_limit(max_payload_bytes: int) -> int:
+    """How large a PUBLISH with that much payload can be, topic and properties included."""
+    return min(max_payload_bytes + _BESIDE_PAYLOAD, MAX_PACKET_BYTES)
 
 
 # -- the byte stream --------------------------------------------------------------------------

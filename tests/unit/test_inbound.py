@@ -30,7 +30,7 @@ class FakeDispatcher:
 class Harness:
     """An `Inbound` that is connected, with subscriptions known by names."""
 
-    def __init__(self, v5: bool = True) -> None:
+    def __init__(self, v5: bool = True, max_payload_bytes: int = 1 << 26) -> None:
         self.v5 = v5
         self.registry = Registry()
         self.dispatcher = FakeDispatcher()
@@ -38,7 +38,13 @@ class Harness:
         self.elsewhere: list[bytes] = []
         self.taken_elsewhere = False
         self.names: dict[Consumer, str] = {}
-        self.inbound = Inbound(self.registry, self.dispatcher, self.counters, self.offer)  # type: ignore[arg-type]
+        self.inbound = Inbound(
+            self.registry,
+            self.dispatcher,  # type: ignore[arg-type]
+            self.counters,
+            self.offer,
+            max_payload_bytes=max_payload_bytes,
+        )
         self.inbound.new_connection(v5, resumed=False, strange=False)
 
     def offer(self, first: int, body: bytes) -> bool:
@@ -93,6 +99,63 @@ class Reader:
 
 def identifier(value: int) -> dict[int, object]:
     return {Property.SUBSCRIPTION_IDENTIFIER: value}
+
+
+# -- limits -------------------------------------------------------------------------------
+
+
+def test_a_payload_above_the_limit_is_dropped_and_one_at_the_limit_is_not() -> None:
+    harness = Harness(max_payload_bytes=100)
+    harness.subscribe("#")
+    assert harness.receive("a", b"x" * 100) == ["#"]
+    assert harness.receive("a", b"x" * 101) == []
+    assert harness.counters.dropped() == {"max_payload_bytes": 1}
+    assert harness.elsewhere == []
+
+
+def test_the_topic_does_not_count_as_payload() -> None:
+    harness = Harness(max_payload_bytes=100)
+    harness.subscribe("#")
+    assert harness.receive("a" * 200, b"x" * 100) == ["#"]
+
+
+def test_properties_without_end_are_dropped_unread(monkeypatch) -> None:
+    """To take them apart would keep the network thread."""
+    monkeypatch.setattr(wire, "decode_properties", lambda _: pytest.fail("was read"))
+    harness = Harness()
+    harness.subscribe("#")
+    assert harness.receive("a", properties={Property.USER_PROPERTY: [("a", "b")] * 20_000}) == []
+    assert harness.counters.dropped() == {"max_payload_bytes": 1}
+
+
+def test_what_is_too_large_is_acknowledged_in_its_turn(caplog) -> None:
+    """It would come again for ever; and those before it are not overtaken."""
+    harness = Harness(max_payload_bytes=100)
+    harness.subscribe("#")
+    harness.enter("a", b"small", qos=1, packet_id=1)
+    harness.enter("a", b"x" * 101, qos=1, packet_id=2)
+    harness.inbound.passed_over(0x04, b"\0\x01b" + bytes((0, 3)))
+    assert harness.inbound.acknowledgements() == []
+    ((_, delivery),) = harness.deliveries()
+    delivery.done()
+    assert harness.inbound.acknowledgements() == [
+        wire.encode_ack(wire.PUBACK, 1),
+        wire.encode_ack(wire.PUBACK, 2),
+        wire.encode_ack(wire.PUBREC, 3),
+    ]
+    assert harness.inbound.release(3) == wire.encode_ack(wire.PUBCOMP, 3)
+    assert harness.counters.dropped() == {"max_payload_bytes": 2}
+    assert harness.inbound.messages == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "dropped 1 messages larger than max_payload_bytes, the last of them on 'a'"
+    ]
+
+
+def test_what_is_too_large_and_comes_again_is_counted_once() -> None:
+    harness = Harness(max_payload_bytes=100)
+    for dup in (False, True):
+        harness.inbound.passed_over(0x02 | dup << 3, b"\0\x01b" + bytes((0, 3)))
+    assert harness.counters.dropped() == {"max_payload_bytes": 1}
 
 
 # -- routing ------------------------------------------------------------------------------

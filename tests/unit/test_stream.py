@@ -6,6 +6,7 @@ import contextlib
 import random
 import socket
 import ssl
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -150,7 +151,37 @@ def test_what_came_before_the_end_is_not_lost(pair) -> None:
 
 def test_a_packet_above_the_limit_is_refused_before_it_is_read() -> None:
     with pytest.raises(wire.MalformedPacketError, match="above the limit"):
-        stream_over(b"\x30\xff\xff\xff\x7f", limit=1000).receive()
+        stream_over(b"\x90\xff\xff\x7f", limit=100).receive()
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 1 << 20])
+def test_of_a_message_above_the_limit_only_the_head_comes_in_its_turn(size: int) -> None:
+    """However the bytes are cut, and whatever stands before and behind it."""
+    large = wire.encode_publish(b"to/large", b"x" * 5000, 1, True, False, 77, True)
+    data = publish(b"one") + large + wire.PINGREQ_PACKET + large + publish(b"two")
+    stream = stream_over(*(data[i : i + size] for i in range(0, len(data), size)), limit=1000)
+    found: list[tuple[int, bytes]] = []
+    while stream.has_more() or stream._socket.incoming:
+        found += stream.receive()
+    firsts = [wire.PUBLISH, wire.PASSED_OVER | 0x03, wire.PINGREQ, wire.PASSED_OVER | 0x03, wire.PUBLISH]
+    assert [first for first, _ in found] == firsts
+    assert found[1][1] == found[3][1] == b"\0\x08to/large" + bytes((0, 77))
+
+
+def test_a_message_above_the_limit_is_not_held() -> None:
+    """Not even one that claims to be as large as can be: its topic is all that stays."""
+    head = b"\x32\xff\xff\xff\x7f" + b"\xff\xff" + b"t" * 65_535 + b"\0\x01"
+    piece = b"x" * 65_536
+    stream = stream_over(head, *[piece] * 4095, limit=1000)
+    tracemalloc.start()
+    try:
+        while not (found := stream.receive()):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [(first, len(body)) for first, body in found] == [(wire.PASSED_OVER | 0x02, 2 + 65_535 + 2)]
+    assert peak < 1_000_000
 
 
 def test_good_packets_before_a_bad_one_come_out_first() -> None:
