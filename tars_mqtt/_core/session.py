@@ -403,7 +403,7 @@ class Session:
         liveness = self._liveness
         liveness.note(now, self.transport.signs_of_life, self.transport.traffic[1])
         self._refuse_floods()
-        congested = not self._v5 and self.inbound.unacknowledged >= self._config.max_pending
+        congested = self._congested()
         self.transport.pause(congested)
         if congested:
             liveness.excuse(now)
@@ -433,6 +433,17 @@ class Session:
             raise ConnectionLostError("the broker has more messages under way than there are packet ids")
         if self.transport.unsent_packets > _MOST_UNSENT_PACKETS:
             raise ConnectionLostError("the broker does not read the answers to what it sends")
+
+    def _congested(self) -> bool:
+        """Whether handlers are so far behind that no more is read.
+
+        A broker of MQTT 5 knows our Receive Maximum and stops before, so that the rest goes on; it is held
+        back only where it does not keep to it.
+        """
+        unacknowledged = self.inbound.unacknowledged
+        if self._v5:
+            return unacknowledged > min(self._config.max_pending, _PACKET_IDS)
+        return unacknowledged >= self._config.max_pending
 
     # -- it ends ------------------------------------------------------------------------------
 
