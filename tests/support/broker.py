@@ -62,6 +62,7 @@ class Broker:
             a kill cannot take it back once a later packet has been answered.
         users: Names and passwords; then nobody else is let in.
         mosquitto: What ``find_broker`` gives.
+        verbose: Log every packet. Off for long runs, whose log would grow without end.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Broker:
         persistence: bool = False,
         users: Mapping[str, str] | None = None,
         mosquitto: str | None = None,
+        verbose: bool = True,
     ) -> None:
         mosquitto = mosquitto or find_broker()
         if "://" in mosquitto:
@@ -81,6 +83,7 @@ class Broker:
         self.url = f"mqtt://{self.host}:{self.port}"
         self._config = tuple(config)
         self._persistence = persistence
+        self._verbose = verbose
         self._users = dict(users or {})
         self._log_path = self.directory / "mosquitto.log"
         self._engine: _Engine = (
@@ -104,7 +107,7 @@ class Broker:
 
     @property
     def log(self) -> str:
-        """Everything mosquitto has said, every packet included, over all its starts."""
+        """Everything mosquitto has said, over all its starts; every packet included where it is verbose."""
         return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
 
     def start(self) -> None:
@@ -113,7 +116,7 @@ class Broker:
         path = self._write_config()
         said = len(self.log)
         with self._log_path.open("ab") as log:
-            self._engine.start(["-v", "-c", str(path)], log.fileno())
+            self._engine.start([*["-v"] * self._verbose, "-c", str(path)], log.fileno())
 
         def listens_or_died() -> bool:
             # A connection alone proves nothing: docker accepts one before mosquitto does.

@@ -155,6 +155,10 @@ class FaultProxy:
     def open_connections(self) -> int:
         return len(self._links)
 
+    def passed(self, direction: Direction) -> int:
+        """How many bytes have gone through the busiest open connection in this direction; for ``cut_after``."""
+        return max((link.passed[direction] for link in tuple(self._links)), default=0)
+
     def packets(self, direction: Direction, connection: int = -1) -> list[Packet]:
         """The whole packets that one connection, by default the last one, has passed on."""
         assert self._record, "the proxy was made without record=True"
