@@ -157,7 +157,6 @@ class HandlerCall:
         self._release(delivery)
         message = delivery.message
         delivery.error = f"the handler did not return within {timeout:g} s"
-        self._counters.add("handler_timeouts")
         logger.warning(
             "handler %s did not return within %g s on a message of %r, which counts as failed",
             self._name(),
@@ -165,6 +164,7 @@ class HandlerCall:
             message.topic,
             extra=self._extra(message),
         )
+        self._counters.add("handler_timeouts")
         return Outcome.FAILED
 
     def _name(self) -> str:
@@ -184,7 +184,6 @@ class HandlerCall:
         self._release(delivery)
         message = delivery.message
         delivery.error = f"{type(error).__qualname__}: {error}"
-        self._counters.add("handler_failures")
         logger.error(
             "handler %s failed on a message of %r",
             self._name(),
@@ -192,6 +191,7 @@ class HandlerCall:
             exc_info=error,
             extra=self._extra(message),
         )
+        self._counters.add("handler_failures")
         return Outcome.FAILED
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
@@ -199,7 +199,6 @@ class HandlerCall:
         self._keep(delivery)
         message = delivery.message
         delivery.error = f"DecodeError: {error}"
-        self._counters.add("decode_failures")
         logger.warning(
             "a message of %r with %d bytes is not what its handler asks for: %s",
             message.topic,
@@ -207,6 +206,7 @@ class HandlerCall:
             error,
             extra=self._extra(message),
         )
+        self._counters.add("decode_failures")
         return Outcome.UNDECODABLE
 
     def _extra(self, message: Message) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_state_changes_are_infos_and_losses_are_warnings(make_client, broker, ca
     client.connect()
     broker.restart()
     eventually(lambda: client.stats().reconnects == 1)
+    assert client.wait_connected(10)
     client.shutdown()
     story = [(record.levelname, record.getMessage()) for record in ours(caplog)]
     levels = {message.split(" to ")[0].split(":")[0]: level for level, message in story}
