@@ -243,7 +243,7 @@ class MQTTClient:
             ClosedError: The client was shut down.
         """
         limit = seconds(timeout, self.config.publish_timeout)
-        started = time.monotonic()
+        started = time.monotonic() if qos else 0.0
         receipt = self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, limit)
         if qos:
             receipt.result(_rest(limit, started))

@@ -119,7 +119,7 @@ class Outbound:
             QueueFullError: No room came free in time.
         """
         size = len(message.topic) + len(message.payload)
-        with self._room:
+        with self._lock:  # not the condition around it, which is slower to enter
             spool = self._spool if message.qos else None
             if not self._fits(message.qos, size):
                 self._await_room(message, size, timeout)
@@ -487,7 +487,7 @@ class Outbound:
         self._freed(1, message.size)
 
     def _freed(self, count: int, size: int, lossy: int = 0) -> None:
-        with self._room:
+        with self._lock:
             self._held -= count
             self._held_bytes -= size
             self._lossy_bytes -= lossy

@@ -183,6 +183,11 @@ class Stream:
         self._outgoing.append(packet)
         self.outgoing_bytes += len(packet)
 
+    @property
+    def outgoing_packets(self) -> int:
+        """How many packets wait for the next `flush`."""
+        return len(self._outgoing)
+
     def flush(self) -> bool:
         """Send what the socket takes; True when nothing is left.
 

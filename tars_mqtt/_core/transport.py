@@ -25,6 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.density import Density
 from tars_mqtt._core.dial import Interrupted, dial
 from tars_mqtt._core.stream import (
     ConnectionLostError,
@@ -233,6 +234,7 @@ class Transport:
         self._interest = 0
         self._connack_body = b""
         self._paused = False
+        self._density = Density()
 
     # -- any thread -----------------------------------------------------------------------
 
@@ -334,6 +336,7 @@ class Transport:
             raise ConnectionLostError("there is no connection")
         if self.client.want_write():
             self.client.loop_write()
+        self._density.note(stream.outgoing_packets)
         try:
             flushed = stream.flush()
         except ConnectionLostError:
@@ -342,6 +345,8 @@ class Transport:
             if not self._events:
                 raise
             return self._take_events()
+        if flushed and not more and (pause := self._density.pause(time.monotonic())):
+            time.sleep(pause)
         self._watch(
             stream, (0 if self._paused else selectors.EVENT_READ) | (0 if flushed else selectors.EVENT_WRITE)
         )
@@ -489,6 +494,7 @@ class Transport:
             received = stream.receive()
         except wire.MalformedPacketError as error:
             raise ConnectionLostError(f"the broker sent a malformed packet: {error}") from error
+        self._density.note(len(received))
         flow: list[tuple[int, bytes]] = []
         for first, body in received:
             if first & 0xF0 in _CONTROL:
