@@ -199,7 +199,7 @@ def _explain(error: ssl.SSLError, url: BrokerURL, config: MQTTClientConfig) -> s
     if any(word in reason for word in _NO_TLS):
         return "the peer does not speak TLS: check scheme and port of mqtt_url"
     if any(word in reason for word in _OLD_TLS):
-        return f"the broker at {url.host} speaks no TLS newer than 1.1, which is broken: bring it up to date"
+        return f"the broker at {url.host} speaks nothing newer than TLS 1.1, which is not secure any more"
     if "ALERT" not in reason:
         return f"the handshake failed: {reason_of(error)}"
     if "CERTIFICATE" in reason or "UNKNOWN_CA" in reason or "HANDSHAKE_FAILURE" in reason:

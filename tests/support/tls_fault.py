@@ -223,7 +223,7 @@ FAULTS = [
         authority="stranger",
     ),
     # -- the language
-    Fault("TLS 1.1 only", _old_tls, "the broker at localhost speaks no TLS newer than 1.1"),
+    Fault("TLS 1.1 only", _old_tls, "the broker at localhost speaks nothing newer than TLS 1.1"),
     Fault("HTTP server behind mqtts://", _http, "the peer does not speak TLS: check scheme and port"),
     Fault(
         "MQTT without TLS behind mqtts://",
