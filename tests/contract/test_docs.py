@@ -19,17 +19,21 @@ from tars_mqtt import (
     ConfigError,
     ConnectError,
     Envelope,
+    Message,
     MQTTClient,
     MQTTClientConfig,
     NotConnectedError,
     OutboxError,
+    PublishRejectedError,
     QueueFullError,
     aio,
     errors,
 )
 from tests.support import ScriptedBroker, eventually, packet
+from tests.support.certificate import Authority
 from tests.support.example import examples_in, run_page
-from tests.support.port import free_port
+from tests.support.port import HOST, free_port
+from tests.support.tls_fault import FAULTS, Link
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 API = ROOT / "docs" / "API.md"
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
+SECURITY = ROOT / "docs" / "SECURITY.md"
 
 
 def name_of(page: Path) -> str:
@@ -50,12 +55,61 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples_in(page)], ids=name_of)
-def test_the_examples_run_and_print_what_they_say(page, broker, monkeypatch, tmp_path):
+def test_the_examples_run_and_print_what_they_say(page, broker, make_broker, monkeypatch, tmp_path):
     """A reader may copy any example of a page, after those before it, and gets what the page says."""
     monkeypatch.chdir(tmp_path)
     examples = [example.at(f"{broker.host}:{broker.port}") for example in examples_in(page)]
+    if any(SECURED in example.code for example in examples):
+        places = secured_broker(make_broker, tmp_path)
+        examples = [example.where(places) for example in examples]
     environment = {"MQTT_URL": broker.url, "MQTT_CLIENT_ID": "my-service"}
     run_page(examples, {"__name__": "__main__"}, environment)
+
+
+SECURED = "localhost:8883"
+_CONF = re.compile(r"^```conf\n# /etc/mosquitto/(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def secured_broker(make_broker: Any, folder: Path) -> dict[str, str]:
+    """Start a mosquitto as docs/SECURITY.md sets it up; tells where things are that pages have in /etc/mqtt."""
+    port = free_port()
+    authority = Authority(folder)
+    authority.issue("broker", "localhost")
+    for name in ("kitchen", "office"):
+        authority.issue(name, f"{name}@example.org", common_name=name)
+    authority.issue("my-service", "my-service@example.org", common_name="my-service", password="open sesame")
+    (folder / "my-service.password").write_text("open sesame\n")
+    files = dict(_CONF.findall(SECURITY.read_text(encoding="utf-8")))
+    (folder / "acl").write_text(files["acl"])
+    config = files["mosquitto.conf"].replace("listener 8883", f"listener {port} {HOST}")
+    make_broker(config.replace("/etc/mosquitto", str(folder)).splitlines())
+    return {SECURED: f"localhost:{port}", "/etc/mqtt": str(folder)}
+
+
+def test_the_access_lists_give_each_service_its_own(make_broker, tmp_path):
+    """Those of docs/SECURITY.md: who may write, who may read, and that subscribing is never refused."""
+    address = secured_broker(make_broker, tmp_path)[SECURED]
+    seen: list[str] = []
+
+    def see(message: Message) -> None:
+        seen.append(message.topic)
+
+    def client(name: str) -> MQTTClient:
+        files = {"tls_ca": "ca.pem", "tls_cert": f"{name}.pem", "tls_key": f"{name}.key"}
+        settings = {setting: tmp_path / file for setting, file in files.items()}
+        return MQTTClient(f"mqtts://{address}", name, enable_health=True, **settings)
+
+    with client("kitchen") as kitchen, client("office") as office:
+        kitchen.subscribe("#", see, 1)
+        kitchen.publish("kitchen/oven", b"hot", qos=1)
+        office.publish("orders/kitchen/pizza", b"33 cm", qos=1)
+        office.publish("orders/cellar/wine", b"red", qos=1)
+        for stranger, topic in ((office, "kitchen/oven"), (kitchen, "system/health/office")):
+            with pytest.raises(PublishRejectedError):
+                stranger.publish(topic, b"", qos=1)
+        kitchen.publish("kitchen/last", b"", qos=1)
+        eventually(lambda: "kitchen/last" in seen)
+    assert seen == ["kitchen/oven", "orders/kitchen/pizza", "kitchen/last"]
 
 
 # -- links ----------------------------------------------------------------------------------------
@@ -163,6 +217,7 @@ def test_the_documented_errors_are_what_users_see(make_broker, caplog, tmp_path)
     """Each message in the tables is one that the code gives for the mistake that it stands for."""
     real = [*config_errors(), *connection_errors(make_broker), *publish_errors(make_broker())]
     real += outbox_errors(make_broker(), tmp_path / "outbox")
+    real += tls_errors(tmp_path)
     with caplog.at_level("WARNING", "tars_mqtt"):
         provoke_log_lines(make_broker())
     real += [record.getMessage().removeprefix("connection lost: ") for record in caplog.records]
@@ -209,6 +264,18 @@ def connection_errors(make_broker: Any) -> Iterator[str]:
     with pytest.raises(ConnectError) as caught:
         client.connect()
     yield str(caught.value)
+
+
+def tls_errors(folder: Path) -> Iterator[str]:
+    for number, fault in enumerate(FAULTS):
+        if fault.lasting:
+            place = folder / str(number)
+            place.mkdir()
+            with Link(place, **fault.link) as link:
+                fault.happen(link)
+                with pytest.raises(fault.error) as caught:
+                    MQTTClient(link.url, "a", **link.settings).connect()
+            yield str(caught.value)
 
 
 def publish_errors(broker: Any) -> Iterator[str]:

@@ -47,15 +47,21 @@ class Authority:
         self._authority.cert_pem.write_to_path(self.ca)
 
     def issue(
-        self, name: str, *identities: str, password: str = "", valid: Validity = VALID
+        self,
+        name: str,
+        *identities: str,
+        common_name: str | None = None,
+        password: str = "",
+        valid: Validity = VALID,
     ) -> dict[str, str]:
         """Write a certificate and its key under *name*, over what is there; returns them as settings.
 
         Args:
             identities: Host names, IP addresses, or an address with an ``@`` for a client.
+            common_name: Who it is for, as mosquitto understands a client's.
             password: Encrypts the key.
         """
-        issued = self._authority.issue_cert(*identities, **valid._asdict())
+        issued = self._authority.issue_cert(*identities, common_name=common_name, **valid._asdict())
         key = issued.private_key_pem.bytes()
         if password:
             encryption = BestAvailableEncryption(password.encode())

@@ -5,7 +5,8 @@
 - A block that calls ``run()`` or ``asyncio.run()`` is a program: it runs in a process of its own.
 - ``print(...)  # text`` says what is printed, and so does a ``text`` block right behind; the example fails
   if one of those lines does not appear.
-- The broker at ``localhost:1883``, or ``"localhost", 1883``, is the test's broker.
+- The broker at ``localhost:1883``, or ``"localhost", 1883``, is the test's broker; what else a page names and the
+  test has elsewhere, it says with ``where``.
 """
 
 from __future__ import annotations
@@ -66,8 +67,14 @@ class Example:
     def at(self, address: str) -> Example:
         """The same, for the broker at *address*."""
         host, _, port = address.partition(":")
-        code = self.code.replace("localhost:1883", address).replace('"localhost", 1883', f'"{host}", {port}')
-        return attrs.evolve(self, code=code)
+        return self.where({"localhost:1883": address, '"localhost", 1883': f'"{host}", {port}'})
+
+    def where(self, places: Mapping[str, str]) -> Example:
+        """The same, with each place of the page replaced by that of the test, in what is printed too."""
+        code, output = self.code, self.output
+        for place, ours in places.items():
+            code, output = code.replace(place, ours), output.replace(place, ours)
+        return attrs.evolve(self, code=code, output=output)
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"
