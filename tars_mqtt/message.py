@@ -96,7 +96,9 @@ class PublishReceipt:
         qos: 0, 1 or 2.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "_error", "_state", "envelope_id", "qos", "topic")
+    # An outage may leave as many of these as a queue may hold, so two attributes that are never there at
+    # the same time are one: *_then* is what to call when it is done, and once it is, what went wrong.
+    __slots__ = ("__weakref__", "_state", "_then", "envelope_id", "qos", "topic")
 
     # One lock for all receipts: it is held for a few steps, and a lock each would be most of their size.
     _lock = threading.Lock()
@@ -106,8 +108,7 @@ class PublishReceipt:
         self.topic = topic
         self.qos = qos
         self._state = _PENDING
-        self._error: BaseException | None = None
-        self._callbacks: list[Callable[[PublishReceipt], None]] | None = None
+        self._then: list[Callable[[PublishReceipt], None]] | BaseException | None = None
 
     @classmethod
     def _settled(cls, envelope_id: str | None, topic: str, qos: int) -> Self:
@@ -164,6 +165,10 @@ class PublishReceipt:
             raise CancelledError(f"the message to {self.topic!r} was taken back")
         return self._error
 
+    @property
+    def _error(self) -> BaseException | None:
+        return self._then if isinstance(self._then, BaseException) else None
+
     def _wait(self, timeout: float | None) -> bool:
         if timeout is not None and timeout <= 0:
             return False
@@ -183,9 +188,9 @@ class PublishReceipt:
         """Have *callback* called once it is done, at once if it is; on the thread that settles it."""
         with self._lock:
             if self._state < _DONE:
-                if self._callbacks is None:
-                    self._callbacks = []
-                self._callbacks.append(callback)
+                if not isinstance(self._then, list):
+                    self._then = []
+                self._then.append(callback)
                 return
         callback(self)
 
@@ -207,12 +212,12 @@ class PublishReceipt:
         with self._lock:
             if self._state not in only_from:
                 return False
-            self._error = error
-            self._state = state
-            callbacks = self._callbacks
+            callbacks = None
             if state != _SENT:
-                self._callbacks = None
-        if callbacks and state != _SENT:
+                callbacks = self._then
+                self._then = error
+            self._state = state  # last: whoever reads it without the lock finds the rest
+        if isinstance(callbacks, list):
             for callback in callbacks:
                 callback(self)
         return True

@@ -249,7 +249,7 @@ class Outbound:
             spool.close()
             for message in lost:
                 message.receipt._fail(spool.unsent())
-            lost = [message for message in lost if not message.number]
+            lost = [message for message in lost if message.stored is None]
         for message in lost:
             message.receipt._fail(
                 ClosedError("the client was shut down before the broker acknowledged the message")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import attrs
 
 from tars_mqtt.message import PublishReceipt
 
 
-@attrs.define(eq=False)
+class Stored(NamedTuple):
+    """Where a message lies in the durable outbox, and since when."""
+
+    number: int
+    at: float
+    """Unix time."""
+
+
+# There are as many of these as an outage is long: each attribute counts.
+@attrs.define(eq=False, weakref_slot=False)
 class Outgoing:
     """What was admitted to the way out. What comes after the receipt: owned by the network thread."""
 
@@ -20,10 +31,8 @@ class Outgoing:
     sent: bool = False
     received: bool = False
     """PUBREC came: the broker has it, only the release is still to be said (QoS 2)."""
-    number: int = 0
-    """Its number in the durable outbox; 0 where it is in memory only."""
-    stored_at: float = 0.0
-    """Unix time."""
+    stored: Stored | None = None
+    """None where it is in memory only."""
     strikes: int = 0
     """How often the broker hung up over it, as far as can be told."""
 

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from tars_mqtt._core.outgoing import Outgoing
+from tars_mqtt._core.outgoing import Outgoing, Stored
 from tars_mqtt.errors import ClosedError, OutboxError
 from tars_mqtt.message import PublishReceipt
 from tars_mqtt.outbox import Outbox
@@ -52,9 +52,10 @@ class Spool:
         Raises:
             OutboxError: It could not be written.
         """
+        now = time.time()
 
         def committed(number: int) -> None:
-            message.number = number
+            message.stored = Stored(number, now)
             stored(message)
 
         receipt = message.receipt
@@ -64,11 +65,13 @@ class Spool:
 
     def stays_in_memory(self, message: Outgoing, queued: int) -> bool:
         """Whether *message*, just stored, goes to the queue of so many at once. Holds the queue's lock."""
+        assert message.stored is not None
+        number = message.stored.number
         if self.on_disk_only or queued >= _MOST_IN_MEMORY:
             self.on_disk_only += 1
-            self._receipts[message.number] = message.receipt
+            self._receipts[number] = message.receipt
             return False
-        self._last_in_memory = message.number
+        self._last_in_memory = number
         return True
 
     def wants_more(self, queued: int) -> bool:
@@ -93,29 +96,29 @@ class Spool:
             if receipt is None:
                 receipt = PublishReceipt(row.envelope_id, row.topic.decode(), row.qos)
             message = Outgoing(row.topic, row.payload, row.qos, row.retain, receipt)
-            message.number = row.number
-            message.stored_at = row.stored_at
+            message.stored = Stored(row.number, row.stored_at)
             messages.append(message)
         loaded(messages)
 
     def entered(self, messages: list[Outgoing]) -> None:
         """*messages* are in the queue now. Holds the queue's lock."""
         self._loading = False
-        if messages:
-            self._last_in_memory = messages[-1].number
+        if messages and (last := messages[-1].stored):
+            self._last_in_memory = last.number
             self.on_disk_only -= len(messages)
         else:
             self.on_disk_only = 0
 
     def too_old(self, message: Outgoing) -> bool:
         """Whether *message* is not worth sending any more."""
-        return bool(self._max_age and message.number and time.time() - message.stored_at > self._max_age)
+        stored = message.stored
+        return bool(self._max_age and stored and time.time() - stored.at > self._max_age)
 
     def discard(self, message: Outgoing) -> None:
         """*message* need not be kept any longer. Does not block."""
-        if not message.number:
+        if message.stored is None:
             return
-        self._outbox.discard(message.number)
+        self._outbox.discard(message.stored.number)
         with self._lock:
             if self._pruning:
                 return

@@ -230,11 +230,6 @@ class Stream:
             batch.append(packet)
         return b"".join(batch)
 
-    @property
-    def outgoing_packets(self) -> int:
-        """Packets that wait to be sent."""
-        return len(self._outgoing)
-
     def close(self) -> None:
         """Close the socket. Idempotent."""
         self._socket.close()

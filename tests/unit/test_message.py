@@ -106,7 +106,7 @@ def test_a_thread_that_waits_is_woken() -> None:
     threads = [threading.Thread(target=lambda: results.append(receipt.result(10))) for _ in range(5)]
     for thread in threads:
         thread.start()
-    eventually(lambda: receipt._callbacks is not None and len(receipt._callbacks) == 5)
+    eventually(lambda: isinstance(receipt._then, list) and len(receipt._then) == 5)
     receipt._settle()
     for thread in threads:
         thread.join(10)
