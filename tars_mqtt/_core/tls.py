@@ -8,6 +8,7 @@ import selectors
 import socket
 import ssl
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def secure(
         _shake_hands(secured, deadline, interrupted)
     except BaseException as error:
         (secured or sock).close()
+        _close_lost(error)
         if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError)):
             raise ConnectError(
                 f"no TLS handshake with {url}: the peer hung up; check that its port is for TLS"
@@ -73,6 +75,18 @@ def secure(
             raise ConnectError(f"no TLS handshake with {url}: {reason_of(error)}") from error
         raise
     return secured
+
+
+def _close_lost(error: BaseException) -> None:
+    """Close the socket that `wrap_socket` has taken over and then forgotten.
+
+    It does where the peer has reset the connection by then. Nobody but its own frame still knows it, and the
+    error keeps that alive.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        lost = frame.f_locals.get("self")
+        if isinstance(lost, ssl.SSLSocket):
+            lost.close()
 
 
 def _shake_hands(secured: ssl.SSLSocket, deadline: float, interrupted: Callable[[], bool]) -> None:

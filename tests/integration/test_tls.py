@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import ssl
@@ -19,6 +20,7 @@ from tars_mqtt._core.tls import secure
 from tests.support import ScriptedBroker
 from tests.support.certificate import EXPIRED, NOT_YET_VALID, VALID, Authority, Validity, serial_number
 from tests.support.port import HOST, free_port
+from tests.support.scripted import RESET
 from tests.support.tls_fault import FAULTS, Fault, Link, serve
 from tests.support.wait import eventually
 
@@ -200,6 +202,31 @@ def test_the_zone_of_an_address_is_in_no_certificate(tmp_path: Path) -> None:
     secured = secure(ours, config.urls[0], config, time.monotonic() + 10, lambda: False)
     server.join(10)
     secured.close()
+
+
+def test_a_connection_that_is_reset_before_the_handshake_is_closed() -> None:
+    """Then the ssl module has taken the descriptor over already, and forgets it."""
+    with socket.create_server((HOST, 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        peer.close()
+    eventually(lambda: is_reset(ours))
+    descriptor = ours.fileno()
+    config = MQTTClientConfig("mqtts://localhost", "tls")
+    with pytest.raises(ConnectError, match="the peer hung up") as caught:
+        secure(ours, config.urls[0], config, time.monotonic() + 10, lambda: False)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    del caught
+
+
+def is_reset(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return True
+    return False
 
 
 def test_insecure_must_be_asked_for_and_warns_at_each_connection(
