@@ -30,6 +30,9 @@ logger = logging.getLogger("tars_mqtt.publish")
 _FIRST_PACKET_ID = LAST_PAHO_PACKET_ID + 1
 _LAST_PACKET_ID = 65_535
 
+_LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
+"""Of topic and payload: two lengths and a packet id go with them in a PUBLISH."""
+
 _ENOUGH_UNSENT = 262_144
 """Bytes handed to the stream at a time; the rest stays here, where it is counted and bounded."""
 
@@ -117,8 +120,15 @@ class Outbound:
             NotConnectedError: QoS 0 without a connection.
             ClosedError: The client was shut down.
             QueueFullError: No room came free in time.
+            PublishRejectedError: No packet can carry it.
         """
         size = len(message.topic) + len(message.payload)
+        if size > _LARGEST_BYTES:
+            raise PublishRejectedError(
+                f"the message of {size:,} bytes is larger than MQTT can carry, which is {_LARGEST_BYTES:,}: "
+                "send it in parts",
+                reason="packet too large",
+            )
         with self._lock:  # not the condition around it, which is slower to enter
             spool = self._spool if message.qos else None
             if not self._fits(message.qos, size):

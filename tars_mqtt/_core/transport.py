@@ -235,6 +235,7 @@ class Transport:
         self._connack_body = b""
         self._paused = False
         self._density = Density()
+        self._failure: ConnectionLostError | None = None
 
     # -- any thread -----------------------------------------------------------------------
 
@@ -334,6 +335,8 @@ class Transport:
         stream = self._stream
         if stream is None:
             raise ConnectionLostError("there is no connection")
+        if self._failure is not None:
+            raise self._failure
         if self.client.want_write():
             self.client.loop_write()
         self._density.note(stream.outgoing_packets)
@@ -445,6 +448,7 @@ class Transport:
         """Close the connection without a word. Idempotent."""
         stream, self._stream, self._port = self._stream, None, None
         self._events.clear()
+        self._failure = None
         if stream is None:
             return
         self._watch(stream, 0)
@@ -501,11 +505,14 @@ class Transport:
                 if flow:
                     self._events.append(Packets(flow))
                     flow = []
-                if len(body) > _MOST_CONTROL_BYTES:
-                    raise ConnectionLostError(
-                        f"the broker sent a packet of type {first >> 4} that is too large"
-                    )
-                self._control(first, body)
+                try:
+                    self._control(first, body)
+                except ConnectionLostError as error:
+                    if not self._events:
+                        raise
+                    # The good packets before it come first.
+                    self._failure = error
+                    return
             else:
                 flow.append((first, body))
         if flow:
@@ -516,6 +523,8 @@ class Transport:
         port = self._port
         if port is None:
             raise ConnectionLostError("there is no connection")
+        if len(body) > _MOST_CONTROL_BYTES and first & 0xF0 in _CONTROL:
+            raise ConnectionLostError(f"the broker sent a packet of type {first >> 4} that is too large")
         if first == 0x20:
             self._connack_body = body
         known = len(self._events)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,9 @@ from tars_mqtt import (
     TopicError,
     current_message,
 )
-from tests.support import PacketType, ScriptedBroker
+from tests.support import PacketType, ScriptedBroker, eventually, numbers
 from tests.support import packet as mqtt
 from tests.support.program import Program
-from tests.support.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
     from tests.support import Broker
 
 VERSIONS = ("5", "3.1.1")
-
-
-def numbers(payloads: list[bytes]) -> list[int]:
-    return [int(re.search(rb'"data":(-?\d+)', payload)[1]) for payload in payloads]  # type: ignore[index]
 
 
 # -- who gets what --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tars_mqtt import ClosedError, ConnectError, Envelope, OutboxError, PublishRejectedError, QueueFullError
-from tests.support import FaultProxy
+from tests.support import FaultProxy, eventually, numbers
 from tests.support.port import HOST, free_port
-from tests.support.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +23,6 @@ if TYPE_CHECKING:
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "outbox.db")
-
-
-def numbers(payloads: list[bytes]) -> list[int]:
-    return [int(re.search(rb'"data":(\d+)', payload)[1]) for payload in payloads]  # type: ignore[index]
 
 
 def test_a_backlog_goes_out_in_order_after_the_outage(make_client, broker: Broker, path: str) -> None:

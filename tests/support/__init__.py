@@ -7,7 +7,14 @@ from tests.support.clock import FakeClock
 from tests.support.leak import LeakCheck
 from tests.support.packet import Packet, PacketType
 from tests.support.proxy import FaultProxy
-from tests.support.scripted import ConnectionEnded, ScriptedBroker, ScriptedConnection
+from tests.support.scripted import (
+    ConnectionEnded,
+    ScriptedBroker,
+    ScriptedConnection,
+    accept_and_leave,
+    accept_and_serve,
+)
+from tests.support.traffic import Traffic, numbers
 from tests.support.wait import eventually
 
 __all__ = [
@@ -22,6 +29,10 @@ __all__ = [
     "RemoteBroker",
     "ScriptedBroker",
     "ScriptedConnection",
+    "Traffic",
+    "accept_and_leave",
+    "accept_and_serve",
     "eventually",
     "find_broker",
+    "numbers",
 ]

@@ -51,6 +51,7 @@ class FaultProxy:
         self._slice_bytes = 0
         self._slice_pause = 0.0
         self._flips: dict[Direction, dict[int, int]] = {"to_broker": {}, "to_client": {}}
+        self._next_flips: dict[Direction, dict[int, int]] = {"to_broker": {}, "to_client": {}}
         self._cuts: dict[Direction, int] = {}
         self._errors: list[BaseException] = []
 
@@ -150,6 +151,15 @@ class FaultProxy:
     def flip_bit(self, offset: int, direction: Direction, bit: int = 0) -> None:
         """Turn over one bit, once: in the next connection whose byte at *offset* goes through."""
         self._flips[direction][offset] = 1 << bit
+
+    def flip_next_bit(self, direction: Direction, bit: int = 0, after: int = 0) -> None:
+        """Turn over one bit, once, of what goes through from now on: in its first byte, or so many *after* that."""
+        self._next_flips[direction][self.bytes_passed[direction] + after] = 1 << bit
+
+    @property
+    def flips_to_come(self) -> int:
+        """Bits that are still to be turned over."""
+        return sum(map(len, [*self._flips.values(), *self._next_flips.values()]))
 
     @property
     def open_connections(self) -> int:
@@ -263,7 +273,8 @@ class FaultProxy:
 
     async def _pass(self, link: _Link, direction: Direction, piece: bytes) -> None:
         start = link.passed[direction]
-        piece = self._spoilt(direction, start, piece)
+        piece = _spoilt(piece, start, self._flips[direction])
+        piece = _spoilt(piece, self.bytes_passed[direction], self._next_flips[direction])
         cut = self._cuts.get(direction)
         if cut is not None and start <= cut <= start + len(piece):
             del self._cuts[direction]
@@ -283,14 +294,6 @@ class FaultProxy:
             await asyncio.sleep(len(piece) / self._bytes_per_second)
         if self._slice_bytes:
             await asyncio.sleep(self._slice_pause)
-
-    def _spoilt(self, direction: Direction, start: int, piece: bytes) -> bytes:
-        flips = self._flips[direction]
-        hits = [offset for offset in flips if start <= offset < start + len(piece)]
-        spoilt = bytearray(piece)
-        for offset in hits:
-            spoilt[offset - start] ^= flips.pop(offset)
-        return bytes(spoilt)
 
 
 class _Link:
@@ -345,3 +348,12 @@ def _packets_in(data: bytes) -> Iterator[Packet]:
             yield mqtt.read_packet(take)
         except EOFError:
             return
+
+
+def _spoilt(piece: bytes, start: int, flips: dict[int, int]) -> bytes:
+    """*piece*, the first byte of which is number *start*, with those *flips* done that hit it."""
+    hits = [offset for offset in flips if start <= offset < start + len(piece)]
+    spoilt = bytearray(piece)
+    for offset in hits:
+        spoilt[offset - start] ^= flips.pop(offset)
+    return bytes(spoilt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -134,6 +135,10 @@ class ScriptedConnection:
             case _:
                 pass
 
+    def is_quiet(self, seconds: float) -> bool:
+        """Wait for so long; False as soon as there is something to read."""
+        return not select.select([self._stream], [], [], seconds)[0]
+
     def hold(self) -> None:
         """Say nothing more, and stay until the client leaves."""
         while True:
@@ -172,6 +177,17 @@ class ScriptedConnection:
                 raise ConnectionEnded("the client has closed the connection")
             data += chunk
         return bytes(data)
+
+
+def accept_and_serve(connection: ScriptedConnection) -> None:
+    """A script: a good broker that delivers nothing, and remembers nothing."""
+    connection.accept()
+    connection.serve()
+
+
+def accept_and_leave(connection: ScriptedConnection) -> None:
+    """A script: a broker that ends the connection as soon as it stands."""
+    connection.accept()
 
 
 class ScriptedBroker:

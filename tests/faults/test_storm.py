@@ -1,0 +1,110 @@
+"""Many clients at once, and two with the same name: they come back spread over time, and do not fight all day."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tars_mqtt import MQTTClient
+from tests.support import Broker, PacketType, ScriptedBroker, eventually
+from tests.support import packet as mqtt
+
+if TYPE_CHECKING:
+    from tests.support import ScriptedConnection
+
+FLEET = 200
+
+
+def test_two_hundred_clients_come_back_spread_over_time(broker: Broker, caplog) -> None:
+    """Full jitter: nobody stays away, no stampede, and each draws for itself."""
+    caplog.set_level(logging.INFO, "tars_mqtt.session")
+    clients = [
+        MQTTClient(
+            broker.url,
+            f"fleet-{number}",
+            session_expiry=0,
+            reconnect_min_delay=1.0,
+            reconnect_max_delay=2.0,
+            shutdown_timeout=5.0,
+        )
+        for number in range(FLEET)
+    ]
+    try:
+        for client in clients:
+            client.connect()
+        broker.kill()
+        broker.start()
+        eventually(
+            lambda: all(client.stats().connections == 2 and client.connected for client in clients), 30
+        )
+    finally:
+        for client in clients:
+            client._engine.call_off()
+            client.disconnect()
+        for client in clients:
+            client.shutdown()
+    moments = sorted(
+        record.created
+        for record in caplog.records
+        if record.name == "tars_mqtt.session" and record.getMessage().startswith("connected to")
+    )[FLEET:]
+    assert len(moments) == FLEET
+    in_tenths = [
+        sum(1 for moment in moments if index <= (moment - moments[0]) * 10 < index + 1) for index in range(30)
+    ]
+    assert max(in_tenths) < FLEET / 2, in_tenths
+    assert sum(1 for count in in_tenths if count) >= 5, in_tenths
+
+
+def test_two_clients_with_one_id_slow_down_and_say_why(make_client, broker: Broker, caplog) -> None:
+    """Mosquitto throws the older one out without a word. What they publish arrives all the same."""
+    twins = [make_client(broker.url, "twin", reconnect_max_delay=30) for _ in range(2)]
+    for twin in twins:
+        twin.connect()
+    eventually(lambda: "taken over by another client with the same id 'twin'" in caplog.text)
+    receipts = [twin.submit_event("a", "n", 1, qos=1) for twin in twins]
+    for receipt in receipts:
+        receipt.result(30)
+    time.sleep(1.0)
+    # The delays double: in that time, an undamped quarrel has thousands of rounds.
+    assert sum(twin.stats().connections for twin in twins) < 60
+
+
+def test_a_takeover_that_the_broker_names_is_answered_with_a_long_wait(make_client, caplog) -> None:
+    """MQTT 5 has a reason for it; whoever of the two comes back at once would throw the other out again."""
+
+    def take_over(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.send(mqtt.disconnect(0x8E))
+
+    with ScriptedBroker(take_over) as broker:
+        client = make_client(broker.url, "twin", protocol="5", reconnect_max_delay=30)
+        client.connect()
+        receipt = client.submit_event("a", "n", 1, qos=1)
+        eventually(lambda: "taken over by another client with the same id 'twin'" in caplog.text)
+        time.sleep(1.0)
+        assert len(broker.connections) == 1
+        assert not receipt.done()
+
+
+@pytest.mark.parametrize("code", [0x8B, 0x89, 0x97, 0x98, 0x9C, 0x9D, 0xA0])
+def test_a_broker_that_sends_everybody_away_gives_its_reason(make_client, code: int, caplog) -> None:
+    """Server shutting down, busy, quota exceeded, administrative action and so on: we come back."""
+
+    def leave(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.send(mqtt.disconnect(code))
+
+    def serve(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.serve()
+
+    with ScriptedBroker(leave, serve) as broker:
+        client = make_client(broker.url, protocol="5")
+        client.connect()
+        client.submit_event("a", "n", 1, qos=1).result(20)
+        broker.wait_for(PacketType.CONNECT, 2)
+    assert "the broker ended the connection: " in caplog.text
