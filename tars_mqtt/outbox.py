@@ -112,18 +112,30 @@ class Outbox:
             self._discarded.append((number,))
 
     def prune(self) -> None:
-        """Delete what was discarded, and what deduplication need not remember any more."""
+        """Delete what was discarded.
+
+        Raises:
+            OutboxError: It could not be written; the next call tries again.
+        """
         with self._lock:
             discarded, self._discarded = self._discarded, []
         if not discarded:
             return
+        try:
+            self._delete(discarded)
+        except OutboxError:
+            with self._lock:
+                self._discarded += discarded
+            raise
+
+    def _delete(self, numbers: list[tuple[int]]) -> None:
         with self._turn, self._reported():
             # A deletion that a power cut undoes costs a repetition, not a message.
             self._connection.execute("PRAGMA synchronous = NORMAL")
             try:
                 with self._connection:
                     self._connection.execute("BEGIN")
-                    self._connection.executemany("DELETE FROM outgoing WHERE number = ?", discarded)
+                    self._connection.executemany("DELETE FROM outgoing WHERE number = ?", numbers)
             finally:
                 self._connection.execute("PRAGMA synchronous = FULL")
 

@@ -119,11 +119,14 @@ class Spool:
         if message.stored is None:
             return
         self._outbox.discard(message.stored.number)
+        self._prune_in(_PRUNE_DELAY)
+
+    def _prune_in(self, delay: float) -> None:
         with self._lock:
             if self._pruning:
                 return
             self._pruning = True
-        self._later(_PRUNE_DELAY, self._prune)
+        self._later(delay, self._prune)
 
     def _prune(self) -> None:
         with self._lock:
@@ -131,8 +134,9 @@ class Spool:
         try:
             self._outbox.prune()
         except OutboxError as error:
-            # Not deleted, they are sent once more at the next start.
-            logger.error("%s", error)
+            # Until they are deleted, a restart sends them once more.
+            logger.error("%s; trying again", error)
+            self._prune_in(_RETRY_DELAY)
 
     def close(self) -> None:
         """Let go of the file. What was not sent stays in it."""

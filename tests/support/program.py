@@ -24,7 +24,9 @@ import sys, time
 
 
 def say(*words):
-    print(*words, flush=True)
+    # In one piece: several threads may speak at once.
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")
+    sys.stdout.flush()
 
 
 """
@@ -46,7 +48,7 @@ class Program:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", str(path), *arguments],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -66,7 +68,9 @@ class Program:
         self._process.wait(10)
         self._reader.join(10)
         assert self._process.stdout is not None
+        assert self._process.stdin is not None
         self._process.stdout.close()
+        self._process.stdin.close()
         self._directory.cleanup()
         if error is not None:
             error.add_note(f"the program said:\n{self.output}")
@@ -94,6 +98,12 @@ class Program:
             raise AssertionError(f"the program does not end: {self.output}") from None
         self._reader.join(10)
         return code
+
+    def say(self, words: str) -> None:
+        """Write a line to its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(words + "\n")
+        self._process.stdin.flush()
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

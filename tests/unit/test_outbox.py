@@ -131,6 +131,20 @@ def test_a_full_disk_is_an_error_and_nothing_is_taken(outbox: Outbox) -> None:
     assert outbox.totals()[0] == 2
 
 
+def test_what_could_not_be_deleted_is_deleted_the_next_time(outbox: Outbox) -> None:
+    """Deleting takes room too: a disk that was full for a moment must not repeat messages at the next start."""
+    outbox.discard(store(outbox))
+    outbox._connection.execute(
+        "CREATE TRIGGER full BEFORE DELETE ON outgoing BEGIN SELECT RAISE(ABORT, 'full'); END"
+    )
+    with pytest.raises(OutboxError, match="free some space"):
+        outbox.prune()
+    outbox._connection.execute("DROP TRIGGER full")
+    outbox.discard(store(outbox))
+    outbox.prune()
+    assert outbox.totals() == (0, 0)
+
+
 def test_keys_are_remembered_for_their_time(path: Path) -> None:
     now = 1000.0
     outbox = Outbox(path, wall_clock=lambda: now)
