@@ -8,12 +8,21 @@ import sys
 
 from reliability import contender
 from reliability.fault import KINDS
+from reliability.figure import FIGURES, measure
 from reliability.soak import Length, soak
 from reliability.stage import Cast
 
 
 def main() -> int:
     options = _options()
+    if options.figures:
+        table, good = measure(options.figures, options.client, options.quick)
+        print(table)
+        return 0 if good else 1
+    return _soak(options)
+
+
+def _soak(options: argparse.Namespace) -> int:
     status = 0
     for client in options.client:
         cast = Cast(
@@ -41,6 +50,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
+    names = [figure.name for figure in FIGURES]
     kinds = "\n".join(f"  {kind:16} {what}" for kind, what in KINDS.items())
     parser = argparse.ArgumentParser(
         prog="scripts/soak",
@@ -58,9 +68,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--client",
         type=_names(contender.NAMES),
-        default=list(contender.OURS),
         metavar="A,B",
-        help=f"of {', '.join(contender.NAMES)} (default: {','.join(contender.OURS)})",
+        help=f"of {', '.join(contender.NAMES)} (default: ours; all for the figures)",
     )
     parser.add_argument("--publishers", type=int, default=1, metavar="N")
     parser.add_argument("--subscribers", type=int, default=1, metavar="N", help="each handles every event")
@@ -68,7 +77,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--dedupe", choices=["durable", "memory", "none"], default="durable", help="in the subscribers"
     )
+    parser.add_argument(
+        "--figures",
+        type=_names(names),
+        nargs="?",
+        const=names,
+        metavar="A,B",
+        help=f"measure these instead, for the table in docs/RELIABILITY.md: {', '.join(names)} (default: all)",
+    )
+    parser.add_argument("--quick", action="store_true", help="figures of few events: do they work?")
     options = parser.parse_args()
+    if options.client is None:
+        options.client = list(contender.NAMES if options.figures else contender.OURS)
     if options.seed is None:
         options.seed = random.randrange(1_000_000)
     if options.count is None and options.duration is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import aiomqtt
@@ -14,7 +15,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from tars_mqtt import Envelope, QueueFullError
-from tests.support.colour import ClientMaker, LoopThread
+from tests.support.colour import BlockingClient, ClientMaker, LoopThread
 from tests.support.port import address_of
 
 EVENT_TYPE = "soak.event"
@@ -57,6 +58,9 @@ class Client(Protocol):
     def submit(self, topic: str, data: Any) -> Receipt:
         """Publish an event with QoS 1, without waiting for the broker; raises `QueueFullError`."""
 
+    def submit_all(self, topic: str, events: Iterable[Any]) -> int:
+        """Submit them as fast as a program of its kind does; how many were not refused."""
+
     def close(self, timeout: float = 10.0) -> None: ...
 
 
@@ -84,7 +88,6 @@ class Ours:
             max_inflight=settings.window,
             **settings.ours,
         )
-        self.submit = self._submit
 
     @property
     def connections(self) -> int:
@@ -100,9 +103,32 @@ class Ours:
     def connect(self) -> None:
         self.client.connect()
 
-    def _submit(self, topic: str, data: Any) -> Receipt:
+    def submit(self, topic: str, data: Any) -> Receipt:
         receipt: Receipt = self.client.submit_event(topic, EVENT_TYPE, data, qos=1, timeout=0)
         return receipt
+
+    def submit_all(self, topic: str, events: Iterable[Any]) -> int:
+        return len(self.receipts_of(topic, events))
+
+    def receipts_of(self, topic: str, events: Iterable[Any]) -> list[Any]:
+        """The receipts of those that were not refused."""
+        client = self.client.unwrapped if isinstance(self.client, BlockingClient) else self.client
+        receipts = []
+
+        def submit_all() -> None:
+            for event in events:
+                with contextlib.suppress(QueueFullError):
+                    receipts.append(client.submit_event(topic, EVENT_TYPE, event, qos=1, timeout=0))
+
+        if client is self.client:
+            submit_all()
+        else:
+            self.on_loop(submit_all)
+        return receipts
+
+    def on_loop(self, function: Callable[..., Any]) -> Any:
+        """Call *function* on the event loop of the client, and await what it returns."""
+        return self.client._loop.call(function)
 
     def close(self, timeout: float = 10.0) -> None:
         self.client.shutdown(timeout)
@@ -110,13 +136,22 @@ class Ours:
 
 
 class _Acknowledgement:
+    """As small as can be: it is measured with the rest."""
+
+    __slots__ = ("_there",)
+
     def __init__(self) -> None:
-        self._there = threading.Event()
-        self.set = self._there.set
+        self._there = False
+
+    def set(self) -> None:
+        self._there = True
 
     def result(self, timeout: float) -> None:
-        if not self._there.wait(timeout):
-            raise TimeoutError
+        deadline = time.monotonic() + timeout
+        while not self._there:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(0.001)
 
 
 class Paho:
@@ -169,6 +204,14 @@ class Paho:
         if info.rc == mqtt.MQTT_ERR_QUEUE_SIZE:
             raise QueueFullError("paho's queue is full")
         return self._receipt(info.mid)
+
+    def submit_all(self, topic: str, events: Iterable[Any]) -> int:
+        count = 0
+        for event in events:
+            with contextlib.suppress(QueueFullError):
+                self.submit(topic, event)
+                count += 1
+        return count
 
     def _acknowledged(self, mid: int) -> None:
         self._receipt(mid).set()
@@ -244,32 +287,33 @@ class Aiomqtt:
                         handler(bytes(message.payload))  # type: ignore[arg-type]
 
     def submit(self, topic: str, data: Any) -> Receipt:
+        return self._loop.call(self._start, topic, data)  # type: ignore[no-any-return]
+
+    def submit_all(self, topic: str, events: Iterable[Any]) -> int:
+        return self._loop.call(lambda: sum(self._start(topic, event) is not None for event in events))  # type: ignore[no-any-return]
+
+    def _start(self, topic: str, data: Any) -> _Acknowledgement:
         payload = Envelope.new(EVENT_TYPE, data, source="soak").to_bytes()
         receipt = _Acknowledgement()
-
-        async def publish() -> None:
-            while True:
-                await self._connected.wait()
-                try:
-                    await self._client.publish(topic, payload, 1)
-                except aiomqtt.MqttError:
-                    await asyncio.sleep(0.05)
-                else:
-                    receipt.set()
-                    return
-
-        def start() -> None:
-            task = asyncio.get_running_loop().create_task(publish())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        self._loop.call(start)
+        task = asyncio.get_running_loop().create_task(self._publish(topic, payload, receipt))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return receipt
+
+    async def _publish(self, topic: str, payload: bytes, receipt: _Acknowledgement) -> None:
+        while True:
+            await self._connected.wait()
+            try:
+                await self._client.publish(topic, payload, 1)
+            except aiomqtt.MqttError:
+                await asyncio.sleep(0.05)
+            else:
+                receipt.set()
+                return
 
     def close(self, timeout: float = 10.0) -> None:
         async def end() -> None:
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=timeout)
+            # The end of its ``async with``; publishes that nobody waited for end with the loop.
             self._life.cancel()
             await asyncio.wait([self._life], timeout=timeout)
 

@@ -59,6 +59,18 @@ def test_a_short_soak_loses_nothing(mosquitto: str, client: str) -> None:
     assert row(run.stdout, "handled twice") == 0
 
 
+@pytest.mark.parametrize(
+    ("client", "figures"),
+    [("threads", "outage,window"), ("asyncio", "outage,window"), ("paho", "window"), ("aiomqtt", "window")],
+)
+def test_figures_can_be_measured(mosquitto: str, client: str, figures: str) -> None:
+    """With few events; what comes out is nobody's promise here, but for the window."""
+    run = soak(mosquitto, "--figures", figures, "--quick", "--client", client)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("\n") == 3 + figures.count(",")
+    assert client == "paho" or "| 20 | 20 |" in run.stdout
+
+
 def test_an_unknown_fault_is_refused_with_those_that_there_are() -> None:
     run = soak("mosquitto", "--faults", "earthquake")
     assert run.returncode == 2
