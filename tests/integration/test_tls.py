@@ -17,11 +17,11 @@ import pytest
 
 from tars_mqtt import ConnectError, MQTTClient, MQTTClientConfig
 from tars_mqtt._core.tls import secure
-from tests.support import ScriptedBroker
+from tests.support import ScriptedBroker, accept_and_serve
 from tests.support.certificate import EXPIRED, NOT_YET_VALID, VALID, Authority, Validity, serial_number
 from tests.support.port import HOST, free_port
 from tests.support.scripted import RESET
-from tests.support.tls_fault import FAULTS, Fault, Link, serve
+from tests.support.tls_fault import FAULTS, Fault, Link
 from tests.support.wait import eventually
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def test_mosquitto_refuses_a_certificate_and_that_is_named(
 
 
 def test_a_broker_that_is_not_trusted_is_passed_over(link: Link) -> None:
-    with ScriptedBroker(serve, tls=link.authority.server_context(valid=EXPIRED)) as expired:
+    with ScriptedBroker(accept_and_serve, tls=link.authority.server_context(valid=EXPIRED)) as expired:
         urls = f"mqtts://localhost:{expired.port},{link.url}"
         with client_of(link, mqtt_url=urls, username="me") as client:
             assert client.connected
@@ -147,8 +147,8 @@ def test_a_broker_that_is_not_trusted_is_passed_over(link: Link) -> None:
 
 def test_when_no_broker_is_trusted_each_is_named_at_once(link: Link) -> None:
     with (
-        ScriptedBroker(serve, tls=link.authority.server_context(valid=EXPIRED)) as expired,
-        ScriptedBroker(serve, tls=link.stranger.server_context()) as strange,
+        ScriptedBroker(accept_and_serve, tls=link.authority.server_context(valid=EXPIRED)) as expired,
+        ScriptedBroker(accept_and_serve, tls=link.stranger.server_context()) as strange,
     ):
         urls = f"mqtts://localhost:{expired.port},mqtts://localhost:{strange.port}"
         with pytest.raises(ConnectError) as caught:
@@ -158,7 +158,7 @@ def test_when_no_broker_is_trusted_each_is_named_at_once(link: Link) -> None:
 
 def test_one_broker_that_may_come_back_is_waited_for_beside_one_that_is_not_trusted(link: Link) -> None:
     link.proxy.refuse()
-    with ScriptedBroker(serve, tls=link.authority.server_context(valid=EXPIRED)) as expired:
+    with ScriptedBroker(accept_and_serve, tls=link.authority.server_context(valid=EXPIRED)) as expired:
         client = client_of(link, mqtt_url=f"mqtts://localhost:{expired.port},{link.url}", username="me")
         threading.Timer(0.3, link.proxy.accept).start()
         with client:

@@ -20,18 +20,13 @@ from tests.support.broker import Broker
 from tests.support.certificate import EXPIRED, NOT_YET_VALID, VALID, Authority, Validity
 from tests.support.port import HOST, free_port
 from tests.support.proxy import FaultProxy
-from tests.support.scripted import ScriptedBroker, ScriptedConnection
+from tests.support.scripted import ScriptedBroker, ScriptedConnection, accept_and_serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SECRETS = ("url-secret", "file-secret", "key-secret")
 """The passwords in the settings of a `Link`. All begin and end alike, to be searched for."""
-
-
-def serve(connection: ScriptedConnection) -> None:
-    connection.accept()
-    connection.serve()
 
 
 class Link(contextlib.ExitStack):
@@ -58,7 +53,7 @@ class Link(contextlib.ExitStack):
         self.folder = folder
         self.authority = Authority(folder)
         self.stranger = Authority(folder, "stranger")
-        self.broker = self.enter_context(ScriptedBroker(serve, tls=self._context(scheme, shows)))
+        self.broker = self.enter_context(ScriptedBroker(accept_and_serve, tls=self._context(scheme, shows)))
         self.proxy = self.enter_context(FaultProxy(self.broker.url))
         self.url = f"{scheme}://me:{SECRETS[0]}@{host}:{self.proxy.port}"
         self.settings: dict[str, Any] = {"password_file": self._file("password", SECRETS[1])}
@@ -82,7 +77,7 @@ class Link(contextlib.ExitStack):
 
     def meet(self, context: ssl.SSLContext | None) -> None:
         """From now on the client meets another server, with this certificate and these rules."""
-        self.proxy.redirect(self.enter_context(ScriptedBroker(serve, tls=context)).url)
+        self.proxy.redirect(self.enter_context(ScriptedBroker(accept_and_serve, tls=context)).url)
 
     def meet_mosquitto(self, config: list[str], port: int | None = None) -> None:
         """From now on the client meets a mosquitto; on another port than its first with *port*."""
