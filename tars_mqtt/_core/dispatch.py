@@ -331,6 +331,15 @@ class Burst:
             done, rest = self._batch[: self._index], self._batch[self._index :]
             dispatcher._postpone(self._consumer, done, rest, self._handled, delay)
 
+    def give_back(self, delay: float) -> None:
+        """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
+        batch, index = self._batch, self._index
+        self.came_out(batch[index], Outcome.FAILED)
+        done, rest = batch[: index + 1], batch[index + 1 :]
+        if rest and not self._postponed:
+            self._postponed = True
+            self._dispatcher._postpone(self._consumer, done, rest, self._handled, delay)
+
     def finish(self) -> bool:
         """Account for it; True when the consumer has more for the same worker."""
         in_work.set(0)

@@ -165,14 +165,18 @@ class WorkerPool(Dispatcher):
             successor = self._another_thread()
         if successor is not None:
             successor.start()
-        assert watch.consumer.handle is not None
-        outcome = watch.consumer.handle.timed_out(watch.delivery, timeout)
-        self._tell_stuck(watch.delivery.message.topic)
-        delay = self._after_failure(watch.consumer, watch.delivery, outcome)
+        self._go_on_without(watch.consumer, watch.delivery, timeout)
+
+    def _go_on_without(self, consumer: Consumer, delivery: Delivery, timeout: float) -> None:
+        """Treat *delivery* as failed, and have the rest of its lane handled, though its handler goes on."""
+        assert consumer.handle is not None
+        outcome = consumer.handle.timed_out(delivery, timeout)
+        self._tell_stuck(delivery.message.topic)
+        delay = self._after_failure(consumer, delivery, outcome)
         if delay is not None:
-            self._postpone(watch.consumer, [], [watch.delivery], 0, delay)
-        elif self._finish(watch.consumer, [watch.delivery], 0, timeout):
-            self._start(watch.consumer)
+            self._postpone(consumer, [], [delivery], 0, delay)
+        elif self._finish(consumer, [delivery], 0, timeout):
+            self._start(consumer)
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout

@@ -19,6 +19,9 @@ from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.context import current_message
 
+_AFTER_CANCELLATION = 0.1
+"""Seconds until another task goes on: whoever cancels all tasks mostly closes the loop next."""
+
 _MOST_CALLS = 256
 """Calls run in one turn of the loop; the others wait for the next, so that nobody else waits long."""
 
@@ -128,6 +131,7 @@ class LoopDispatcher(WorkerPool):
         """The handler that asked for the shutdown, and waits for it: not to be cancelled by it."""
         # Owned by the loop's thread:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stuck_tasks: set[asyncio.Task[None]] = set()
 
     def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
         if isinstance(consumer.handle, CoroutineCall):
@@ -152,15 +156,58 @@ class LoopDispatcher(WorkerPool):
 
     async def _handle_burst(self, burst: Burst, consumer: Consumer) -> bool:
         """Handle a burst; True when the consumer has more for the same task."""
-        call = consumer.handle
+        call, timeout = consumer.handle, consumer.recovery.timeout
         assert isinstance(call, CoroutineCall)
-        more = False
+        watch: asyncio.TimerHandle | None = None
         try:
             for delivery in burst:
-                burst.came_out(delivery, await call.run(delivery, consumer.recovery.timeout))
-        finally:
-            more = burst.finish()
-        return more
+                if timeout is not None:
+                    watch = self._watch_task(consumer, delivery, timeout)
+                outcome = await call.run(delivery, timeout)
+                if self._given_up(watch):
+                    return False
+                burst.came_out(delivery, outcome)
+        except asyncio.CancelledError:
+            if not self._given_up(watch):
+                self._cancelled(burst, consumer)
+            raise
+        return burst.finish()
+
+    def _cancelled(self, burst: Burst, consumer: Consumer) -> None:
+        """A task ends early: by a shutdown, or by somebody else, at the cost of a message and not of the lane."""
+        if not self.stopping:
+            burst.give_back(_AFTER_CANCELLATION)
+        if burst.finish():
+            self.timer.call_later(_AFTER_CANCELLATION, lambda: self._start(consumer))
+
+    # -- coroutines that do not heed their cancellation -----------------------------------------
+
+    def _watch_task(self, consumer: Consumer, delivery: Delivery, timeout: float) -> asyncio.TimerHandle:
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        assert task is not None
+        # The time limit itself cancels; whoever is still there after as long again will not leave.
+        return loop.call_later(2 * timeout, self._give_up_task, task, consumer, delivery, timeout)
+
+    def _give_up_task(
+        self, task: asyncio.Task[None], consumer: Consumer, delivery: Delivery, timeout: float
+    ) -> None:
+        if not self.stopping:
+            self._stuck_tasks.add(task)
+            self._go_on_without(consumer, delivery, timeout)
+
+    def _given_up(self, watch: asyncio.TimerHandle | None) -> bool:
+        """Whether the delivery has been dealt with, and the lane given to another task."""
+        if watch is None:
+            return False
+        watch.cancel()
+        task = asyncio.current_task()
+        if task not in self._stuck_tasks:
+            return False
+        self._stuck_tasks.discard(task)
+        if not self._stuck_tasks:
+            self._tell_stuck(None)
+        return True
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout

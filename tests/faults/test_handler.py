@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -188,6 +189,65 @@ def test_a_stuck_handler_is_reported_and_everything_else_goes_on(make_client, br
         assert client.stats().connections == 1
     finally:
         release.set()
+
+
+@pytest.mark.parametrize("order_by", [None, "topic"])
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_handler_whose_task_is_cancelled_costs_its_message_and_not_its_lane(
+    make_aio_client, broker: Broker, order_by, retries: int
+) -> None:
+    """By itself or by somebody who cancels every task there is: the rest of the burst has another task."""
+    seen: list[int] = []
+
+    async def handler(envelope: Envelope) -> None:
+        seen.append(envelope.data)
+        if envelope.data % 10 == 9 and seen.count(envelope.data) == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+
+    client = make_aio_client(broker.url, "me")
+    client.subscribe("a", handler, 1, order_by=order_by, retries=retries, retry_delay=0.01)
+    client.connect()
+    for number in range(100):
+        client.submit_event("a", "n", number, qos=1)
+    eventually(lambda: broker.log.count("Received PUBACK from me") == 100)
+    assert list(dict.fromkeys(seen)) == list(range(100))
+    assert len(seen) == 100 + 10 * retries
+    assert client.stats().handler_failures == 10
+
+
+def test_a_coroutine_that_swallows_its_cancellation_is_stuck_and_its_lane_goes_on(
+    make_aio_client, broker: Broker, caplog
+) -> None:
+    """The time limit cancels it; where that is no use, it is reported as a thread would be, and left behind."""
+    release = threading.Event()
+    seen: list[int] = []
+    health: list[str] = []
+
+    async def handler(envelope: Envelope) -> None:
+        seen.append(envelope.data)
+        while envelope.data == 0 and not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    client = make_aio_client(broker.url, source_name="me", enable_health=True)
+    client.subscribe(
+        "system/health/me", lambda payload: health.append(Envelope.from_bytes(payload).data["event"]), 1
+    )
+    client.subscribe("a", handler, 1, handler_timeout=0.2)
+    client.connect()
+    try:
+        for number in range(3):
+            client.publish_event("a", "n", number, qos=1)
+        eventually(lambda: seen == [0, 1, 2] and health[-1] == "handler_timeout")
+        assert client.stats().handler_timeouts == 1
+    finally:
+        release.set()
+    eventually(lambda: health[-1] == "handler_returned" and client.stats().pending == 0)
+    assert seen == [0, 1, 2]
+    assert caplog.text.count("did not return within 0.2 s") == 1
 
 
 def test_a_handler_that_blocks_for_longer_than_the_keepalive_costs_nothing(
