@@ -73,10 +73,12 @@ class MQTTClient:
         return client
 
     def _start_up(self, config: MQTTClientConfig) -> None:
-        if config.credentials is not None and is_coroutine_function(config.credentials):
-            raise ConfigError(
-                ["credentials is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"]
-            )
+        for name in ("credentials", "ws_headers"):
+            function = getattr(config, name)
+            if callable(function) and is_coroutine_function(function):
+                raise ConfigError(
+                    [f"{name} is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"]
+                )
         self._engine = Engine(config, _worker_pool)
         self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
 

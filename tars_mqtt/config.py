@@ -16,7 +16,7 @@ import attrs
 
 from tars_mqtt import rule
 from tars_mqtt.errors import ConfigError
-from tars_mqtt.url import BrokerURL, parse_urls
+from tars_mqtt.url import BrokerURL, parse_proxy, parse_urls
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -58,6 +58,29 @@ def _redacted(urls: str) -> str:
         return repr(",".join(url.redacted for url in parse_urls(urls)))
     except ValueError:  # a traceback that shows local variables may ask before the checks are through
         return "<malformed>"
+
+
+def _redacted_proxy(url: str | None) -> str:
+    try:
+        return repr(url and parse_proxy(url).redacted)
+    except ValueError:
+        return "<malformed>"
+
+
+def _as_headers(value: Any) -> Any:
+    """Read ``Name: value``, several of it separated by line breaks, or without those by commas."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not isinstance(value, str):
+        return value
+    pairs = [
+        line.partition(":")
+        for line in (value.splitlines() if "\n" in value else value.split(","))
+        if line.strip()
+    ]
+    if not all(colon for _, colon, _ in pairs):
+        return value
+    return {name.strip(): text.strip() for name, _, text in pairs}
 
 
 def _about(variable: str | None, check: rule.Rule, doc: str) -> dict[str, Any]:
@@ -198,6 +221,20 @@ class MQTTClientConfig:
         repr=False,
         metadata=_about(None, rule.function, "Gives user name and password, called at each attempt"),
     )
+    ws_headers: Mapping[str, str] | Callable[[], Any] | str | None = attrs.field(
+        default=None,
+        kw_only=True,
+        converter=_as_headers,
+        repr=False,
+        hash=False,
+        metadata=_about("WS_HEADERS", rule.headers, "Headers of the websocket handshake"),
+    )
+    proxy: str | None = attrs.field(
+        default=None,
+        kw_only=True,
+        repr=_redacted_proxy,
+        metadata=_about("PROXY", rule.proxy, "A SOCKS or HTTP proxy, socks5://host:port or http://host:port"),
+    )
     tls_ca: _Path | None = attrs.field(
         default=None,
         kw_only=True,
@@ -313,6 +350,10 @@ def _conflicts(config: MQTTClientConfig, found: Mapping[str, str]) -> Iterator[t
 
 
 def _url_conflicts(config: MQTTClientConfig) -> Iterator[tuple[str, str]]:
+    if config.ws_headers and not any(url.transport == "websockets" for url in config.urls):
+        yield "ws_headers", "is for websockets: write ws:// or wss:// in mqtt_url, or remove it"
+    if config.proxy and all(url.transport == "unix" for url in config.urls):
+        yield "proxy", "has no use for a Unix socket: remove it"
     if not any(url.tls for url in config.urls):
         for name in ("tls_ca", "tls_cert", "tls_key", "tls_key_password_file", "tls_insecure"):
             if getattr(config, name) not in (None, False):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from tars_mqtt.errors import TopicError
 from tars_mqtt.topics import check_topic
-from tars_mqtt.url import parse_urls
+from tars_mqtt.url import parse_proxy, parse_urls
 
 Rule: TypeAlias = Callable[[Any], str | None]
 
@@ -110,3 +110,37 @@ def path(value: object) -> str | None:
 
 def function(value: object) -> str | None:
     return None if value is None or callable(value) else "must be a function"
+
+
+def proxy(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return "must be a str"
+    try:
+        parse_proxy(value)
+    except ValueError as error:
+        return f"is wrong: {error}"
+    return None
+
+
+_HEADER_NAME: Final = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)  # a token of RFC 9110, section 5.6.2
+_HEADER_VALUE: Final = re.compile("[\t\x20-\x7e\xa0-\xff]*")
+_OUR_HEADERS: Final = ("upgrade", "connection", "content-length", "transfer-encoding")
+
+
+def headers(value: object) -> str | None:
+    if value is None or callable(value):
+        return None
+    if not isinstance(value, Mapping):
+        return (
+            "must be a dict, a function, or text: 'Name: value', several separated by commas or line breaks"
+        )
+    for name, text in value.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            return "must have names of letters, digits and '-'"
+        if name.lower() in _OUR_HEADERS or name.lower().startswith("sec-websocket-"):
+            return f"must not have {name!r}, which belongs to the handshake"
+        if not isinstance(text, str) or not _HEADER_VALUE.fullmatch(text):
+            return f"must have text without line breaks for {name!r}"
+    return None

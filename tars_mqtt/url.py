@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes
 
 import attrs
 
-__all__ = ["BrokerURL", "parse_urls"]
+__all__ = ["BrokerURL", "parse_proxy", "parse_urls"]
 
 _DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "mqtt+unix": 0}
 _OTHER_NAMES: Final = {
@@ -30,6 +30,7 @@ _OTHER_NAMES: Final = {
     "unix": "mqtt+unix",
 }
 _MAX_BYTES: Final = 65_535  # of a user name or a password, by their length field of two bytes
+_MAX_PROXY_BYTES: Final = 255  # of the same, in SOCKS [RFC 1929]
 _PARTS: Final = re.compile(r"([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?")  # RFC 3986, appendix B, after "://"
 _ADDRESS: Final = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::(.*))?")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
@@ -48,7 +49,7 @@ class BrokerURL:
     """One broker's address, as `parse` reads it.
 
     Attributes:
-        scheme: ``mqtt``, ``mqtts``, ``ws``, ``wss`` or ``mqtt+unix``.
+        scheme: ``mqtt``, ``mqtts``, ``ws``, ``wss`` or ``mqtt+unix``; a proxy's is ``socks5`` or ``http``.
         host: Name or IP address, IPv6 without brackets; empty for a Unix socket.
         port: The port; 0 for a Unix socket.
         path: Websockets: path and query, as sent in the handshake. Unix: the socket's path. Otherwise empty.
@@ -72,35 +73,21 @@ class BrokerURL:
         """
         if not text:
             raise ValueError("the URL is empty: write 'mqtt://localhost:1883', for instance")
-        if " " in text or not text.isprintable():
-            raise ValueError("the URL contains white space or an unprintable character: percent-encode it")
+        _check_characters(text)
         scheme, rest = _split_scheme(text)
-        match = _PARTS.fullmatch(rest)
-        assert match is not None, "the pattern matches every text without line breaks"
-        authority, path, query, fragment = (part or "" for part in match.groups())
-        if authority.count("@") > 1 or (authority and "@" in path + query + fragment):
-            raise ValueError(
-                "the URL has '@', '/', '?' or '#' in its user name or password: "
-                "percent-encode them as %40, %2F, %3F and %23, also an '@' after the host"
-            )
-        userinfo, _, address = authority.rpartition("@")
-        username, colon, password = userinfo.partition(":")
+        username, password, address, path, extra = _split(rest)
         if scheme == "mqtt+unix":
-            host, port, path = "", 0, _socket_path(address, path, query + fragment)
+            host, port, path = "", 0, _socket_path(address, path, extra)
         else:
             host, port = _host_and_port(address, _DEFAULT_PORTS[scheme])
-            path = (
-                _websocket_path(path, query, fragment)
-                if scheme in ("ws", "wss")
-                else _no_path(rest, authority)
-            )
+            path = _websocket_path(path, extra) if scheme in ("ws", "wss") else _no_path(path + extra)
         return cls(
             scheme=scheme,
             host=host,
             port=port,
             path=path,
-            username=_decode(username, "user name") if username else None,
-            password=_decode(password, "password") if colon else None,
+            username=username,
+            password=password,
         )
 
     @property
@@ -151,6 +138,56 @@ def parse_urls(text: str) -> tuple[BrokerURL, ...]:
     return tuple(urls)
 
 
+def parse_proxy(text: str) -> BrokerURL:
+    """Read a proxy's URL: ``socks5://[user[:password]@]host:port``, or ``http://`` in its place.
+
+    Raises:
+        ValueError: It is malformed. The message quotes no part of *text*.
+    """
+    _check_characters(text)
+    scheme, separator, rest = text.partition("://")
+    scheme = scheme.lower().replace("socks5h", "socks5")
+    if not separator or scheme not in ("socks5", "http"):
+        raise ValueError("the URL must begin with socks5:// or http://: write 'socks5://host:1080'")
+    username, password, address, path, extra = _split(rest)
+    if path + extra not in ("", "/"):
+        raise ValueError("the URL has a path, a query or a fragment, for which a proxy has no use: remove it")
+    if any(part is not None and len(part.encode()) > _MAX_PROXY_BYTES for part in (username, password)):
+        raise ValueError(f"the URL's user name or password is longer than {_MAX_PROXY_BYTES} bytes")
+    if scheme == "http" and ":" in (username or ""):
+        raise ValueError("the URL's user name contains ':', which a proxy of HTTP takes for its end")
+    host, port = _host_and_port(address, 0)
+    if not port:
+        raise ValueError("the URL has no port: write 'socks5://host:1080', for instance")
+    return BrokerURL(scheme, host, port, username=username, password=password)
+
+
+def _check_characters(text: str) -> None:
+    if " " in text or not text.isprintable():
+        raise ValueError("the URL contains white space or an unprintable character: percent-encode it")
+
+
+def _split(rest: str) -> tuple[str | None, str | None, str, str, str]:
+    """User name and password, decoded; address; path; query and fragment."""
+    match = _PARTS.fullmatch(rest)
+    assert match is not None, "the pattern matches every text without line breaks"
+    authority, path, query, fragment = (part or "" for part in match.groups())
+    if authority.count("@") > 1 or (authority and "@" in path + query + fragment):
+        raise ValueError(
+            "the URL has '@', '/', '?' or '#' in its user name or password: "
+            "percent-encode them as %40, %2F, %3F and %23, also an '@' after the host"
+        )
+    userinfo, _, address = authority.rpartition("@")
+    username, colon, password = userinfo.partition(":")
+    return (
+        _decode(username, "user name") if username else None,
+        _decode(password, "password") if colon else None,
+        address,
+        path,
+        query + fragment,
+    )
+
+
 def _split_scheme(text: str) -> tuple[str, str]:
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
@@ -190,16 +227,16 @@ def _host_and_port(address: str, default_port: int) -> tuple[str, int]:
     return ipv6 or name, int(port)
 
 
-def _no_path(rest: str, authority: str) -> str:
-    if rest[len(authority) :] not in ("", "/"):
+def _no_path(path: str) -> str:
+    if path not in ("", "/"):
         raise ValueError(
             "the URL has a path, a query or a fragment, for which mqtt and mqtts have no use: remove it"
         )
     return ""
 
 
-def _websocket_path(path: str, query: str, fragment: str) -> str:
-    if fragment:
+def _websocket_path(path: str, query: str) -> str:
+    if "#" in query:
         raise ValueError("the URL has a fragment, which websockets do not allow: percent-encode '#' as %23")
     if not (path + query).isascii():
         raise ValueError("the URL's path must be ASCII: percent-encode the other characters")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 
-from tars_mqtt import rule
 from tars_mqtt._core import wire
-from tars_mqtt._core.aside import Aside, CallFailedError, Start
-from tars_mqtt._core.dial import LastingError
+from tars_mqtt._core.aside import Aside, Start
+from tars_mqtt._core.dial import LastingError, dial
+from tars_mqtt._core.proxy import dial_through
+from tars_mqtt._core.secret import Login, Secrets
 from tars_mqtt._core.tls import failure_of, secure
 from tars_mqtt._core.transport import (
     Connack,
@@ -27,7 +29,7 @@ from tars_mqtt._core.transport import (
 )
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ConfigError, ConnectError, ConnectRefusedError
-from tars_mqtt.url import BrokerURL
+from tars_mqtt.url import BrokerURL, parse_proxy
 
 logger = logging.getLogger("tars_mqtt.session")
 
@@ -38,9 +40,6 @@ _UNSUPPORTED_VERSION = frozenset((0x01, 0x84))
 
 _RETRIABLE = frozenset((0x03, 0x80, 0x81, 0x82, 0x83, 0x88, 0x89, 0x97, 0x9C, 0x9F))
 """CONNACK codes that another attempt may cure; 0x03 is "server unavailable" of MQTT 3.1.1."""
-
-Login = tuple[str | None, str | None]
-"""User name and password."""
 
 
 @attrs.frozen(kw_only=True)
@@ -85,7 +84,8 @@ class Connector:
     ) -> None:
         self._config = config
         self._transport = transport
-        self._aside = Aside(transport, config.client_id, start_call)
+        self._secrets = Secrets(config, Aside(transport, config.client_id, start_call))
+        self._proxy = parse_proxy(config.proxy) if config.proxy else None
         self._will = will
         self._urls = deque(config.urls)
         self._spoken: dict[BrokerURL, int] = {}
@@ -121,13 +121,15 @@ class Connector:
     def _try(self, url: BrokerURL, interrupted: Callable[[], bool]) -> Connection:
         now = time.monotonic()
         deadline = now + self._config.connect_timeout
-        # What the user's function takes must leave time for the broker.
-        login = self._login(url, now + self._config.connect_timeout / 2, interrupted)
+        # What the user's functions take must leave time for the broker.
+        ask_until = now + self._config.connect_timeout / 2
+        login = self._secrets.login(url, ask_until, interrupted)
+        headers = self._secrets.headers(url, ask_until, interrupted)
         versions = self._versions(url)
         for number, version in enumerate(versions, start=1):
             last = number == len(versions)
             try:
-                connection = self._handshake(url, version, login, deadline, last, interrupted)
+                connection = self._handshake(url, version, login, headers, deadline, last, interrupted)
             except VersionRefusedError as error:
                 self._transport.drop()
                 self._spoken.pop(url, None)
@@ -152,24 +154,12 @@ class Connector:
             return (self._spoken[url],)
         return MQTT_5, MQTT_3_1_1
 
-    def _login(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Login:
-        ask = self._config.credentials
-        if ask is None:
-            return self._config.user_and_password(url)
-        try:
-            answer = self._aside.call("credentials", ask, deadline, interrupted)
-        except CallFailedError as error:
-            raise ConnectError(f"no connection to {url}: the credentials callable {error}") from error
-        if problem := _objection(answer):
-            raise ConnectError(f"no connection to {url}: what the credentials callable returned {problem}")
-        username, password = answer
-        return username, password
-
     def _handshake(
         self,
         url: BrokerURL,
         version: int,
         login: Login,
+        headers: Mapping[str, str],
         deadline: float,
         last: bool,
         interrupted: Callable[[], bool],
@@ -188,6 +178,8 @@ class Connector:
             packet_limit=wire.packet_limit(config.max_payload_bytes),
             will=self._will(),
             deadline=deadline,
+            dial=lambda: self._dial(url, deadline, interrupted),
+            headers=headers,
             secure=(lambda sock: secure(sock, url, config, deadline, interrupted)) if url.tls else None,
         )
         try:
@@ -208,6 +200,11 @@ class Connector:
         _check(connack, url)
         return Connection(url=url, version=version, connack=connack, events=events)
 
+    def _dial(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
+        if self._proxy is None or url.transport == "unix":
+            return dial(url, deadline, interrupted)
+        return dial_through(self._proxy, url, deadline, interrupted)
+
     def _await_connack(self, deadline: float, interrupted: Callable[[], bool]) -> tuple[Connack, list[Event]]:
         while True:
             self._transport.acknowledge_wake()
@@ -223,18 +220,6 @@ class Connector:
                     raise NoConnackError(f"the broker ended the connection: {reason}")
                 case [_, *_]:
                     raise NoConnackError("the broker did not begin with CONNACK [MQTT-3.2.0-1]")
-
-
-def _objection(answer: object) -> str | None:
-    """What is wrong with an answer of the user's function; quotes nothing of it."""
-    if not isinstance(answer, tuple) or len(answer) != 2:
-        return f"is a {type(answer).__name__}, and not a tuple of user name and password"
-    for noun, check, part in zip(
-        ("user name", "password"), (rule.username, rule.password), answer, strict=True
-    ):
-        if problem := check(part):
-            return f"has a {noun} that {problem}"
-    return None
 
 
 def _check(connack: Connack, url: BrokerURL) -> None:

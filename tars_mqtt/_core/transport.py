@@ -13,7 +13,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -26,7 +26,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.density import Density
-from tars_mqtt._core.dial import Interrupted, dial
+from tars_mqtt._core.dial import Interrupted
 from tars_mqtt._core.stream import (
     ConnectionLostError,
     HungUpError,
@@ -94,6 +94,10 @@ class ConnectRequest:
     packet_limit: int
     will: Will | None
     deadline: float
+    dial: Callable[[], socket.socket]
+    """Connects a socket with the broker, or with a proxy that passes on to it."""
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """Of a websocket's handshake, beside those of the standard."""
     secure: Callable[[socket.socket], socket.socket] | None = None
     """Does the TLS handshake on a connected socket; None where there is none to do."""
 
@@ -285,11 +289,11 @@ class Transport:
             TLSAlertError: The peer ended the TLS connection before a websocket came about.
             Interrupted: The attempt was called off.
         """
-        sock: Any = dial(request.url, request.deadline, interrupted)
+        sock: Any = request.dial()
         if request.secure is not None:
             sock = request.secure(sock)
         if request.url.transport == "websockets":
-            sock = upgrade(sock, request.url, request.deadline, interrupted)
+            sock = upgrade(sock, request.url, request.headers, request.deadline, interrupted)
         self._stream = Stream(sock, request.packet_limit, request.version == mqtt.MQTTv5)
         self._port = _ControlPort(self._stream)
         self._interest = 0

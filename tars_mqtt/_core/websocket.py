@@ -6,13 +6,12 @@ import base64
 import contextlib
 import hashlib
 import os
-import selectors
 import socket
-import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from tars_mqtt._core.dial import await_ready, reason_of
+from tars_mqtt._core.dial import reason_of
+from tars_mqtt._core.exchange import Exchange
 from tars_mqtt._core.stream import TLSAlertError, is_alert
 from tars_mqtt._core.wire import MalformedPacketError
 from tars_mqtt.errors import ConnectError
@@ -27,10 +26,7 @@ _MOST_CONTROL_BYTES = 125
 _FRAME_BYTES = 65_536
 """What one frame of ours carries at most: what a slow link takes shows frame by frame."""
 
-_MOST_HEADER_BYTES = 16_384
-"""Of the answer to the handshake."""
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-_AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Websocket:
@@ -193,9 +189,16 @@ def _frame(opcode: int, payload: bytes) -> bytes:
 
 
 def upgrade(
-    sock: socket.socket, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]
+    sock: socket.socket,
+    url: BrokerURL,
+    headers: Mapping[str, str],
+    deadline: float,
+    interrupted: Callable[[], bool],
 ) -> Websocket:
     """Do the websocket handshake on a connected, non-blocking socket.
+
+    Args:
+        headers: What the request says beside the headers of the standard, or in place of Host and Origin.
 
     Raises:
         ConnectError: The peer does not answer as a websocket of MQTT does; says what it answered.
@@ -204,15 +207,11 @@ def upgrade(
     """
     key = base64.b64encode(os.urandom(16))
     try:
-        request = memoryview(_request(url, key))
+        exchange = Exchange(sock, deadline, interrupted)
         # What broke off the sending, an alert over our certificate for instance, is still to be read.
         with contextlib.suppress(OSError):
-            while request:
-                try:
-                    request = request[sock.send(request) :]
-                except _AGAIN:
-                    await_ready(sock, selectors.EVENT_WRITE, deadline, interrupted)
-        head, rest = _read_head(sock, deadline, interrupted)
+            exchange.send(_request(url, key, headers))
+        head, rest = exchange.receive_head()
         if problem := _problem(head, key):
             raise ConnectError(f"no websocket at {url}: {problem}; check host, port and path of mqtt_url")
     except BaseException as error:
@@ -225,7 +224,7 @@ def upgrade(
     return Websocket(sock, rest)
 
 
-def _request(url: BrokerURL, key: bytes) -> bytes:
+def _request(url: BrokerURL, key: bytes, extra: Mapping[str, str]) -> bytes:
     host = f"[{url.host}]" if ":" in url.host else url.host
     if url.port != (443 if url.tls else 80):
         host += f":{url.port}"
@@ -238,29 +237,10 @@ def _request(url: BrokerURL, key: bytes) -> bytes:
         "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Protocol": "mqtt",
     }
+    given = {name.lower() for name in extra}
+    headers = {name: value for name, value in headers.items() if name.lower() not in given} | dict(extra)
     lines = [f"GET {url.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode()
-
-
-def _read_head(sock: socket.socket, deadline: float, interrupted: Callable[[], bool]) -> tuple[bytes, bytes]:
-    """The head of the peer's answer, and what came behind it."""
-    data = b""
-    while True:
-        head, end, rest = data.partition(b"\r\n\r\n")
-        if end:
-            return head, rest
-        if len(data) > _MOST_HEADER_BYTES:
-            return data, b""
-        try:
-            received = sock.recv(4096)
-        except _AGAIN:
-            await_ready(sock, selectors.EVENT_READ, deadline, interrupted)
-            continue
-        if not received:
-            raise ConnectionAbortedError(
-                "the peer hung up" + (" in the middle of its answer" if data else "")
-            )
-        data += received
 
 
 def _problem(head: bytes, key: bytes) -> str | None:

@@ -34,6 +34,7 @@ from tests.support.certificate import Authority
 from tests.support.example import examples_in, run_page
 from tests.support.port import HOST, free_port
 from tests.support.tls_fault import FAULTS, Link
+from tests.support.tunnel import Tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -238,6 +239,8 @@ def config_errors() -> Iterator[str]:
         {"username": "me", "password": "secret", "password_file": "/run/secrets/mqtt"},
         {"dedupe_durable": True},
         {"tls_ca": "ca.pem"},
+        {"ws_headers": {"Authorization": "secret"}},
+        {"proxy": "socks5://localhost"},
     ]
     for settings in wrong:
         with pytest.raises(ConfigError) as caught:
@@ -253,6 +256,12 @@ def connection_errors(make_broker: Any) -> Iterator[str]:
     without_tls = guarded.url.replace("mqtt://", "mqtts://")
     for url in (f"mqtt://localhost:{free_port()}", "mqtt://brocker.invalid", guarded.url, without_tls):
         client = MQTTClient(url, "a", connect_timeout=1, reconnect_min_delay=0.1)
+        with pytest.raises(ConnectError) as caught:
+            client.connect()
+        yield str(caught.value)
+
+    with Tunnel("http", login=("me", "secret")) as proxy:
+        client = MQTTClient("mqtt://localhost", "a", proxy=f"http://localhost:{proxy.port}")
         with pytest.raises(ConnectError) as caught:
             client.connect()
         yield str(caught.value)

@@ -83,6 +83,8 @@ def test_the_defaults_are_those_that_are_promised() -> None:
         ("correlation", ["ids", 5]),
         ("username", [5, "a\0b"]),
         ("credentials", [5, ("me", "secret")]),
+        ("ws_headers", [5, "no colon", {"a b": ""}, {"a": 1}, {"a": "b\nc"}, {"Sec-WebSocket-Key": ""}]),
+        ("proxy", [5, "", "localhost:1080", "socks5://h", "ftp://h:1", "http://h:1/path", "http://h:x"]),
     ],
 )
 def test_what_breaks_a_rule_is_refused_naming_the_field(name: str, bad: list[Any]) -> None:
@@ -107,6 +109,8 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"mqtt_url": "mqtts://h", "tls_cert": "c"}, "tls_key"),
         ({"mqtt_url": "mqtts://h", "tls_key": "k"}, "tls_cert"),
         ({"tls_ca": "ca"}, "tls_ca"),
+        ({"ws_headers": {"a": "b"}}, "ws_headers"),
+        ({"mqtt_url": "mqtt+unix:///s", "proxy": "socks5://h:1080"}, "proxy"),
         ({"tls_insecure": True}, "tls_insecure"),
         ({"client_id": "a/b"}, "source_name"),
         ({"dedupe_durable": True}, "dedupe_durable"),
@@ -198,6 +202,20 @@ def test_no_error_shows_a_password() -> None:
         {"password": SECRET, "password_file": "f", "username": "u"},
     ):
         assert SECRET not in " ".join(problems(**settings))
+
+
+def test_no_secret_of_a_proxy_or_of_a_header_shows() -> None:
+    proxy, headers = f"socks5://me:{SECRET}@h:1080", {"Authorization": SECRET}
+    config = MQTTClientConfig("ws://h", "c", proxy=proxy, ws_headers=headers, credentials=lambda: SECRET)
+    assert SECRET not in repr(config)
+    for wrong in (
+        {"proxy": f"socks5://me:{SECRET}"},
+        {"proxy": f"socks5://me:{SECRET}@h:1/path"},
+        {"ws_headers": f"Authorization {SECRET}"},
+        {"ws_headers": {"Authorization": f"{SECRET}\n"}},
+        {"ws_headers": {f"{SECRET}\n": ""}},
+    ):
+        assert SECRET not in " ".join(problems(**wrong))
 
 
 def test_fields_win_over_the_url() -> None:

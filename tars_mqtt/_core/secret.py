@@ -1,0 +1,89 @@
+"""What an attempt to connect shows of itself: user name and password, and the headers of a websocket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tars_mqtt import rule
+from tars_mqtt._core.aside import Aside, CallFailedError
+from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.errors import ConnectError
+from tars_mqtt.url import BrokerURL
+
+Login = tuple[str | None, str | None]
+"""User name and password."""
+
+
+class Secrets:
+    """Gets them anew for each attempt, from the settings or from the user's functions.
+
+    Owned by the network thread. No error quotes anything of what a function returned or raised.
+    """
+
+    def __init__(self, config: MQTTClientConfig, aside: Aside) -> None:
+        self._config = config
+        self._aside = aside
+
+    def login(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Login:
+        """User name and password.
+
+        Raises:
+            ConnectError: The function failed, took too long, or returned something else.
+            ConfigError: The file with the password cannot be used.
+            Interrupted: The attempt was called off.
+        """
+        ask = self._config.credentials
+        if ask is None:
+            return self._config.user_and_password(url)
+        answer: Login = self._ask("credentials", ask, _wrong_login, url, deadline, interrupted)
+        return answer
+
+    def headers(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Mapping[str, str]:
+        """What a websocket's handshake says beside the headers of the standard. Raises as `login`."""
+        headers = self._config.ws_headers
+        if headers is None or url.transport != "websockets":
+            return {}
+        if isinstance(headers, Mapping):
+            return headers
+        assert not isinstance(headers, str), "the settings are checked"
+        answer: Mapping[str, str] = self._ask(
+            "ws_headers", headers, _wrong_headers, url, deadline, interrupted
+        )
+        return answer
+
+    def _ask(
+        self,
+        name: str,
+        function: Callable[[], Any],
+        wrong: Callable[[object], str | None],
+        url: BrokerURL,
+        deadline: float,
+        interrupted: Callable[[], bool],
+    ) -> Any:
+        try:
+            answer = self._aside.call(name, function, deadline, interrupted)
+        except CallFailedError as error:
+            raise ConnectError(f"no connection to {url}: the {name} callable {error}") from error
+        if problem := wrong(answer):
+            raise ConnectError(f"no connection to {url}: what the {name} callable returned {problem}")
+        return answer
+
+
+def _wrong_login(answer: object) -> str | None:
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        return f"is a {type(answer).__name__}, and not a tuple of user name and password"
+    for noun, check, part in zip(
+        ("user name", "password"), (rule.username, rule.password), answer, strict=True
+    ):
+        if problem := check(part):
+            return f"has a {noun} that {problem}"
+    return None
+
+
+def _wrong_headers(answer: object) -> str | None:
+    return (
+        rule.headers(answer)
+        if isinstance(answer, Mapping)
+        else f"is a {type(answer).__name__}, and not a dict"
+    )
