@@ -51,7 +51,7 @@ class FaultProxy:
         self._slice_bytes = 0
         self._slice_pause = 0.0
         self._flips: dict[Direction, dict[int, int]] = {"to_broker": {}, "to_client": {}}
-        self._next_flips: dict[Direction, dict[int, int]] = {"to_broker": {}, "to_client": {}}
+        self._next_flips: dict[Direction, list[tuple[int, int]]] = {"to_broker": [], "to_client": []}
         self._cuts: dict[Direction, int] = {}
         self._errors: list[BaseException] = []
 
@@ -154,7 +154,11 @@ class FaultProxy:
 
     def flip_next_bit(self, direction: Direction, bit: int = 0, after: int = 0) -> None:
         """Turn over one bit, once, of what goes through from now on: in its first byte, or so many *after* that."""
-        self._next_flips[direction][self.bytes_passed[direction] + after] = 1 << bit
+
+        async def flip() -> None:
+            self._next_flips[direction].append((after, 1 << bit))
+
+        self._call(flip())
 
     @property
     def flips_to_come(self) -> int:
@@ -273,8 +277,7 @@ class FaultProxy:
 
     async def _pass(self, link: _Link, direction: Direction, piece: bytes) -> None:
         start = link.passed[direction]
-        piece = _spoilt(piece, start, self._flips[direction])
-        piece = _spoilt(piece, self.bytes_passed[direction], self._next_flips[direction])
+        piece = self._spoilt(direction, start, piece)
         cut = self._cuts.get(direction)
         if cut is not None and start <= cut <= start + len(piece):
             del self._cuts[direction]
@@ -294,6 +297,20 @@ class FaultProxy:
             await asyncio.sleep(len(piece) / self._bytes_per_second)
         if self._slice_bytes:
             await asyncio.sleep(self._slice_pause)
+
+    def _spoilt(self, direction: Direction, start: int, piece: bytes) -> bytes:
+        spoilt = bytearray(piece)
+        flips = self._flips[direction]
+        for offset in [offset for offset in flips if start <= offset < start + len(piece)]:
+            spoilt[offset - start] ^= flips.pop(offset)
+        later = []
+        for after, mask in self._next_flips[direction]:
+            if after < len(piece):
+                spoilt[after] ^= mask
+            else:
+                later.append((after - len(piece), mask))
+        self._next_flips[direction] = later
+        return bytes(spoilt)
 
 
 class _Link:
@@ -348,12 +365,3 @@ def _packets_in(data: bytes) -> Iterator[Packet]:
             yield mqtt.read_packet(take)
         except EOFError:
             return
-
-
-def _spoilt(piece: bytes, start: int, flips: dict[int, int]) -> bytes:
-    """*piece*, the first byte of which is number *start*, with those *flips* done that hit it."""
-    hits = [offset for offset in flips if start <= offset < start + len(piece)]
-    spoilt = bytearray(piece)
-    for offset in hits:
-        spoilt[offset - start] ^= flips.pop(offset)
-    return bytes(spoilt)
