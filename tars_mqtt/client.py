@@ -23,6 +23,7 @@ from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, ConfigError, SubscribeError
 from tars_mqtt.message import PublishReceipt
 from tars_mqtt.subscription import MessageIterator, Subscription
+from tars_mqtt.topics import check_filter
 
 __all__ = ["MQTTClient"]
 
@@ -44,6 +45,7 @@ class MQTTClient:
 
     Raises:
         ConfigError: One or more settings are wrong; it names them all.
+        TypeError: There is no setting of that name; it says which was probably meant.
 
     Threads:
         Every method may be called from any thread, handlers included.
@@ -382,6 +384,7 @@ class MQTTClient:
         self, topic: str, qos: int = 0, *, timeout: Timeout = DEFAULT, **options: Unpack[HandlerOptions]
     ) -> Callable[[HandlerT], HandlerT]:
         """Decorator form of `subscribe`; usable before `connect`."""
+        check_filter(topic)  # ``@client.on`` without a filter would register nothing
 
         def decorate(handler: HandlerT) -> HandlerT:
             self.subscribe(topic, handler, qos, timeout=timeout, **options)

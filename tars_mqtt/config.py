@@ -7,10 +7,10 @@ import logging
 import math
 import os
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cache, cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypeVar
 
 import attrs
 
@@ -26,6 +26,7 @@ __all__ = ["MQTTClientConfig"]
 logger = logging.getLogger(__name__)
 
 _Path: TypeAlias = str | os.PathLike[str]
+_ConfigT = TypeVar("_ConfigT")
 
 _BOOLEANS: Final = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
@@ -102,6 +103,35 @@ def _flag(variable: str, doc: str) -> Any:
     return attrs.field(default=False, kw_only=True, metadata=_about(variable, rule.boolean, doc))
 
 
+def _knowing_its_names(cls: type[_ConfigT]) -> type[_ConfigT]:
+    """Have a class of settings say which of them a misspelt keyword was probably meant to be."""
+    init: Callable[..., None] = vars(cls)["__init__"]
+
+    @wraps(init)
+    def __init__(self: object, *args: Any, **settings: Any) -> None:  # noqa: N807
+        known = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+        if unknown := [name for name in settings if name not in known]:
+            raise TypeError("; ".join(_no_such_setting(name, known) for name in unknown))
+        init(self, *args, **settings)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def _no_such_setting(name: str, known: Collection[str]) -> str:
+    meant = _meant(name.lower(), known)
+    hint = f"did you mean {meant!r}?" if meant else f"choose from {', '.join(known)}"
+    return f"there is no setting {name!r}: {hint}"
+
+
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    """The one of *known* that a wrong name is most like, or else the shortest of which it is a part."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    longer = sorted((one for one in known if name and name in one), key=len)
+    return next(iter(close + longer), None)
+
+
+@_knowing_its_names
 @attrs.frozen
 class MQTTClientConfig:
     """All settings of a client; `attrs.evolve` makes a changed copy.
@@ -111,6 +141,7 @@ class MQTTClientConfig:
 
     Raises:
         ConfigError: One or more settings are wrong; it names them all.
+        TypeError: There is no setting of that name; it says which was probably meant.
     """
 
     mqtt_url: str = attrs.field(
@@ -379,9 +410,13 @@ def _structured(raw: str, wanted: type) -> Any:
 def _warn_of_misspellings(environ: Mapping[str, str], prefix: str, known: Collection[str]) -> None:
     suffixes = [name.removeprefix(prefix) for name in known]  # the prefix would make all look alike
     for name in environ:
-        if name.startswith(prefix) and name not in known:
-            for close in difflib.get_close_matches(name.removeprefix(prefix), suffixes, n=1, cutoff=0.8):
-                logger.warning("ignored the environment variable %s: did you mean %s?", name, prefix + close)
+        if not name.startswith(prefix) or name in known:
+            continue
+        suffix = name.removeprefix(prefix)
+        if suffix.removeprefix("_") in suffixes:
+            logger.warning("ignored the environment variable %s: is the prefix %r?", name, prefix + "_")
+        elif meant := _meant(suffix, suffixes):
+            logger.warning("ignored the environment variable %s: did you mean %s?", name, prefix + meant)
 
 
 def _read_password(path: Path) -> str:

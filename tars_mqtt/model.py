@@ -13,13 +13,18 @@ from uuid import UUID
 import attrs
 import cattrs
 from cattrs.cols import list_structure_factory
-from cattrs.errors import AttributeValidationNote, ClassValidationError, IterableValidationError
+from cattrs.errors import (
+    AttributeValidationNote,
+    ClassValidationError,
+    IterableValidationError,
+    StructureHandlerNotFoundError,
+)
 from cattrs.strategies import configure_union_passthrough
 
 from tars_mqtt.data import ARRAY_LIKE, JSON_NAMES, json_name, path_of
 from tars_mqtt.errors import DecodeError
 
-__all__ = ["converter", "fit"]
+__all__ = ["converter", "fit", "is_model"]
 
 T = TypeVar("T")
 
@@ -43,6 +48,19 @@ def fit(data: Any, model: type[T]) -> T:
         return instance
     name = str(model) if get_args(model) else getattr(model, "__name__", str(model))
     raise DecodeError(f"the data does not fit {name}: {problem}")
+
+
+def is_model(kind: type) -> bool:
+    """Whether plain data could become an instance of *kind*; what its fields are does not count."""
+    if callable(getattr(kind, "model_validate", None)):
+        return True
+    try:
+        converter.get_structure_hook(kind)
+    except StructureHandlerNotFoundError as error:
+        return error.type_ is not kind
+    except Exception:  # a field's class may be defined, or taught, later
+        return True
+    return True
 
 
 def _misfit(error: BaseException) -> str:

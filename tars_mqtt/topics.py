@@ -43,6 +43,10 @@ def check_filter(topic_filter: object) -> str:
         TopicError: Not a str, empty, too long, not UTF-8, a NUL inside, a wildcard out of place, or a
             ``$share/`` without its group or its filter.
     """
+    if isinstance(topic_filter, (list, tuple)):
+        raise TopicError(
+            f"a filter must be a str, not {type(topic_filter).__name__}: subscribe to one at a time"
+        )
     text = _plain_str(topic_filter, "filter")
     _encode(text, "filter")
     group, plain = split_share(text)

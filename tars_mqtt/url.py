@@ -228,6 +228,8 @@ def _host_and_port(address: str, default_port: int) -> tuple[str, int]:
 
 
 def _no_path(path: str) -> str:
+    if _PORT.fullmatch(path, 1):
+        raise ValueError("the URL's port stands behind a colon: write 'mqtt://localhost:1883', for instance")
     if path not in ("", "/"):
         raise ValueError(
             "the URL has a path, a query or a fragment, for which mqtt and mqtts have no use: remove it"

@@ -288,7 +288,10 @@ class Engine:
             payload = payload.encode()
         elif not isinstance(payload, bytes):
             if not isinstance(payload, (bytearray, memoryview)):
-                raise TypeError(f"the payload must be bytes or str, not {type(payload).__name__}")
+                raise TypeError(
+                    f"the payload must be bytes or str, not {type(payload).__name__}: "
+                    "publish_event takes other data"
+                )
             payload = bytes(payload)  # the caller may change a buffer while it waits here
         return self._submit(topic, topic_bytes(topic), payload, None, qos, retain, timeout)
 
@@ -304,6 +307,8 @@ class Engine:
     ) -> PublishReceipt:
         if self._forked:
             self.check()
+        if retain not in (True, False):  # the text "false" would count as true
+            raise ValueError(f"retain must be True or False, not {retain!r}")
         if qos == 0:
             receipt = PublishReceipt._settled(envelope_id, topic, 0)
         elif qos in (1, 2):

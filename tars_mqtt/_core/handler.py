@@ -22,6 +22,9 @@ logger = logging.getLogger("tars_mqtt.dispatch")
 Handler = Callable[..., Any]
 Convert = Callable[[Message], Any]
 
+_NO_MODELS = (str, int, float, bool, list, dict, bytearray, memoryview)
+"""What data may be, but a handler should not ask for: it might mean the payload."""
+
 
 def argument_of(handler: Handler) -> Convert:
     """Return what makes a handler's argument of a message, as its first parameter's annotation asks.
@@ -38,11 +41,14 @@ def argument_of(handler: Handler) -> Convert:
         return lambda message: message
     if wanted is Envelope:
         return lambda message: message.envelope
-    if isinstance(wanted, type) and wanted not in (str, int, float, bool, list, dict, bytearray, memoryview):
-        return lambda message: message.envelope.data_as(wanted)
+    if isinstance(wanted, type) and wanted not in _NO_MODELS:
+        from tars_mqtt.model import is_model  # late: as it says
+
+        if is_model(wanted):
+            return lambda message: message.envelope.data_as(wanted)
     raise TypeError(
         f"the handler asks for {wanted!r}: annotate its first parameter with bytes, Message, Envelope, "
-        "or an attrs, dataclass or pydantic class"
+        "or an attrs, dataclass or pydantic class (Envelope has its data under .data)"
     )
 
 
@@ -53,8 +59,11 @@ def _first_annotation(handler: Handler) -> Any:
         return inspect.Parameter.empty  # a builtin without a signature, such as list.append
     try:
         signature.bind(None)
-    except TypeError as error:
-        raise TypeError(f"the handler must be callable with one argument: {error}") from None
+    except TypeError:
+        raise TypeError(
+            f"the handler must be callable with one argument, which {signature} is not: "
+            "annotated with Message, that has topic, payload and the rest"
+        ) from None
     first = next(iter(signature.parameters.values()))
     if not isinstance(first.annotation, str):
         return first.annotation
@@ -76,6 +85,20 @@ def is_coroutine_function(handler: Handler) -> bool:
     candidates = (handler, inspect.unwrap(handler), getattr(type(handler), "__call__", None))  # noqa: B004
     return any(map(inspect.iscoroutinefunction, candidates)) or (
         hasattr(handler, "func") and is_coroutine_function(handler.func)
+    )
+
+
+def _check_result(result: object) -> None:
+    """Refuse what a call has made instead of doing the work: a lambda around a coroutine function, for instance."""
+    if result is None:
+        return
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns of it later, when nobody knows whose it was
+    elif not (inspect.isgenerator(result) or inspect.isasyncgen(result)):
+        return
+    raise TypeError(
+        f"the handler returned a {type(result).__name__} and did nothing: "
+        "write it as a plain function, or for tars_mqtt.aio as an async def, without yield"
     )
 
 
@@ -109,7 +132,7 @@ class HandlerCall:
             return outcome
         token = current_message.set(delivery.message)
         try:
-            self.handler(argument)
+            _check_result(self.handler(argument))
         except BaseException as error:  # SystemExit too: a handler ends itself, not the service
             return self.failed(delivery, error)
         finally:

@@ -30,6 +30,7 @@ from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError
 from tars_mqtt.message import PublishReceipt as CoreReceipt
+from tars_mqtt.topics import check_filter
 
 __all__ = ["MQTTClient"]
 
@@ -402,6 +403,7 @@ class MQTTClient:
         On a connected client it does not wait: a refusal of the broker is logged.
         """
         seconds(timeout, 0.0)
+        check_filter(topic)  # ``@client.on`` without a filter would register nothing
 
         def decorate(handler: HandlerT) -> HandlerT:
             self._engine.subscribe(self._register(topic, handler, qos, options))

@@ -233,6 +233,7 @@ def config_errors() -> Iterator[str]:
         {"mqtt_url": "tcp://localhost:1883"},
         {"mqtt_url": "mqtt://user:p@ss@localhost"},
         {"mqtt_url": "mqtt://user:secret"},
+        {"mqtt_url": "mqtt://localhost/1883"},
         {"client_id": "plant/1"},
         {"dedupe_ttl": 60},
         {"password": "secret"},
@@ -249,6 +250,9 @@ def config_errors() -> Iterator[str]:
     with pytest.raises(ConfigError) as caught:
         MQTTClientConfig.from_env(environ={})
     yield from caught.value.problems
+    with pytest.raises(TypeError) as unknown:
+        MQTTClient("mqtt://localhost", "a", keep_alive=60)
+    yield str(unknown.value)
 
 
 def connection_errors(make_broker: Any) -> Iterator[str]:

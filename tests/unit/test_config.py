@@ -183,6 +183,55 @@ def test_a_misspelt_variable_is_pointed_out_without_its_value(caplog: pytest.Log
     assert SECRET not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("keep_alive", "keepalive"),
+        ("Keepalive", "keepalive"),
+        ("user", "username"),
+        ("url", "mqtt_url"),
+        ("dedup_ttl", "dedupe_ttl"),
+        ("health", "enable_health"),
+    ],
+)
+def test_a_misspelt_keyword_is_pointed_out(written: str, meant: str) -> None:
+    hint = f"there is no setting {written!r}: did you mean {meant!r}"
+    with pytest.raises(TypeError, match=hint):
+        MQTTClientConfig(URL, "c", **{written: 5})
+    with pytest.raises(TypeError, match=hint):
+        attrs.evolve(MQTTClientConfig(URL, "c"), **{written: 5})
+
+
+def test_a_keyword_like_no_other_is_answered_with_all_there_are() -> None:
+    with pytest.raises(
+        TypeError, match=r"no setting 'host': choose from mqtt_url, client_id, .*tls_insecure"
+    ):
+        MQTTClientConfig(URL, "c", host="localhost")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "variable", "hint"),
+    [
+        ("MQTT_", "MQTT_KEEP_ALIVE", "did you mean MQTT_KEEPALIVE?"),
+        ("MQTT_", "MQTT_USER", "did you mean MQTT_USERNAME?"),
+        ("MQTT_", "MQTT_HEALTH", "did you mean MQTT_ENABLE_HEALTH?"),
+        ("KITCHEN", "KITCHEN_KEEPALIVE", "is the prefix 'KITCHEN_'?"),
+    ],
+)
+def test_a_wrong_variable_is_met_with_a_hint(
+    prefix: str, variable: str, hint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    environ = {prefix + "URL": URL, prefix + "CLIENT_ID": "c", variable: "5"}
+    MQTTClientConfig.from_env(prefix, environ)
+    assert f"ignored the environment variable {variable}: {hint}" in caplog.text
+
+
+def test_variables_of_others_are_none_of_our_business(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"MQTT_URL": URL, "MQTT_CLIENT_ID": "c", "MQTT_": "", "MQTT_TOPIC": "a", "MQTT_URL_PREFIX": "b"}
+    MQTTClientConfig.from_env(environ=environ)
+    assert not caplog.records
+
+
 # -- secrets --------------------------------------------------------------------------------------
 
 

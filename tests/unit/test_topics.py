@@ -59,6 +59,12 @@ def test_a_topic_that_the_standard_allows_comes_back_as_it_is(topic: str) -> Non
     assert check_filter(topic) == topic, "a topic is a filter, too"
 
 
+@pytest.mark.parametrize("several", [["a", "b"], ("a", 1)])
+def test_several_filters_in_one_are_met_with_the_way_out(several: object) -> None:
+    with pytest.raises(TopicError, match="not (list|tuple): subscribe to one at a time"):
+        check_filter(several)
+
+
 @pytest.mark.parametrize("check", [check_topic, topic_bytes, check_filter])
 @pytest.mark.parametrize(
     ("wrong", "words"),

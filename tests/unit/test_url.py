@@ -79,6 +79,7 @@ def test_a_url_is_read_into_its_parts(text: str, expected: BrokerURL) -> None:
         ("mqtt://h:mqtt", "port must be"),
         ("mqtt://h:\u0661", "port must be"),
         ("mqtt://[::1]:x", "port must be"),
+        ("mqtt://h/1883", "port stands behind a colon"),
         ("mqtt://::1", "an IPv6 address stands in brackets, 'mqtt://[::1]:1883'"),
         ("mqtt://2001:db8::7:1883", "stands in brackets"),
         ("mqtt://[::1", "brackets are out of place"),
