@@ -7,9 +7,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 from tars_mqtt.errors import OutboxError
-from tars_mqtt.outbox import Outbox
+
+if TYPE_CHECKING:
+    from tars_mqtt.outbox import Outbox
 
 __all__ = ["DurableDeduplicator", "MessageDeduplicator"]
 

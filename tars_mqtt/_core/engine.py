@@ -41,7 +41,6 @@ from tars_mqtt.errors import (
 )
 from tars_mqtt.health import Health
 from tars_mqtt.message import Message, PublishReceipt
-from tars_mqtt.outbox import Outbox
 from tars_mqtt.topics import check_filter, topic_bytes
 
 logger = logging.getLogger("tars_mqtt.session")
@@ -153,6 +152,8 @@ class Engine:
         config = self.config
         if config.outbox is None or self._outbound.durable:
             return
+        from tars_mqtt.outbox import Outbox  # late: most services need no SQLite
+
         outbox = Outbox(config.outbox)
         spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age)
         self._outbound.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)

@@ -7,11 +7,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tars_mqtt._core.outgoing import Outgoing, Stored
 from tars_mqtt.errors import ClosedError, OutboxError
 from tars_mqtt.message import PublishReceipt
-from tars_mqtt.outbox import Outbox
+
+if TYPE_CHECKING:
+    from tars_mqtt.outbox import Outbox
 
 logger = logging.getLogger("tars_mqtt.publish")
 

@@ -1,0 +1,98 @@
+"""What is asked of a connection, and what it tells."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+
+import attrs
+
+from tars_mqtt.url import BrokerURL
+
+LAST_PAHO_PACKET_ID = 16_383
+"""paho numbers its SUBSCRIBEs from 1 to here, we number PUBLISHes from above: no id is used twice
+at a time [MQTT-2.2.1-3]."""
+
+PAHO_PACKETS = frozenset((0x20, 0x90, 0xB0, 0xE0, 0xF0))
+"""CONNACK, SUBACK, UNSUBACK, DISCONNECT and AUTH are paho's."""
+
+
+@attrs.frozen
+class Will:
+    """The message that the broker publishes when the connection breaks."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+
+
+@attrs.frozen(kw_only=True)
+class ConnectRequest:
+    """All that one connection attempt needs. Version is 5 or 4, the latter being MQTT 3.1.1."""
+
+    url: BrokerURL
+    version: int
+    client_id: str
+    username: str | None
+    password: str | None = attrs.field(repr=False)
+    keepalive: int
+    session_expiry: int
+    receive_maximum: int
+    packet_limit: int
+    will: Will | None
+    deadline: float
+    dial: Callable[[], socket.socket]
+    """Connects a socket with the broker, or with a proxy that passes on to it."""
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """Of a websocket's handshake, beside those of the standard."""
+    secure: Callable[[socket.socket], socket.socket] | None = None
+    """Does the TLS handshake on a connected socket; None where there is none to do."""
+
+
+@attrs.frozen(kw_only=True)
+class Connack:
+    """The broker's answer to CONNECT. Limits are the standard's defaults where it set none."""
+
+    code: int
+    reason: str
+    session_present: bool
+    receive_maximum: int = 65_535
+    maximum_packet_size: int | None = None
+    maximum_qos: int = 2
+    retain_available: bool = True
+    subscription_identifiers: bool = False
+    keepalive: int | None = None
+
+
+@attrs.frozen
+class Suback:
+    """The answer to one SUBSCRIBE."""
+
+    packet_id: int
+    codes: tuple[int, ...]
+
+
+@attrs.frozen
+class Unsuback:
+    """The answer to one UNSUBSCRIBE."""
+
+    packet_id: int
+
+
+@attrs.frozen
+class Goodbye:
+    """The broker ends the connection and says why (MQTT 5)."""
+
+    code: int
+    reason: str
+
+
+@attrs.frozen
+class Packets:
+    """A run of message-flow packets, each its first byte and its body."""
+
+    packets: list[tuple[int, bytes]]
+
+
+Event = Connack | Suback | Unsuback | Goodbye | Packets
