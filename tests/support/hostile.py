@@ -16,7 +16,7 @@ from unittest.mock import patch
 import attrs
 
 from tars_mqtt import DecodeError, MQTTClientConfig
-from tars_mqtt._core import transport
+from tars_mqtt._core import connector, transport
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.websocket import Websocket
@@ -175,7 +175,7 @@ def besiege(
 
     try:
         with (
-            patch.object(transport, "dial", lambda *_: way_in),
+            patch.object(connector, "dial", lambda *_: way_in),
             patch.object(session, "_lost", measure),
             patch.object(session.transport, "poll", poll_at_once),
         ):
