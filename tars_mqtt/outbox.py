@@ -65,7 +65,9 @@ class _Write:
     row: tuple[object, ...]
     committed: Callable[[int], None]
     """Called inside the commit's turn, with the number of the last row inserted."""
-    error: Exception | None = None
+    failed: Callable[[OutboxError], None] | None = None
+    """Called instead, for a caller that does not wait."""
+    error: OutboxError | None = None
     over: bool = False
 
 
@@ -105,6 +107,26 @@ class Outbox:
         """
         row = (topic, payload, qos, retain, envelope_id, self._wall_clock())
         self._commit(_Write(_INSERT, row, stored))
+
+    def store_soon(
+        self,
+        topic: bytes,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        envelope_id: str | None,
+        stored: Callable[[int], None],
+        failed: Callable[[OutboxError], None],
+    ) -> None:
+        """Leave the message to the next `commit`, which calls *stored* as `store` does, or *failed*. Does not block."""
+        row = (topic, payload, qos, retain, envelope_id, self._wall_clock())
+        with self._lock:
+            self._writes.append(_Write(_INSERT, row, stored, failed))
+
+    def commit(self) -> None:
+        """Write what was left by `store_soon`."""
+        with self._turn:
+            self._commit_gathered()
 
     def discard(self, number: int) -> None:
         """The broker has the message: it may be deleted with the next `prune`. Does not block."""
@@ -188,7 +210,8 @@ class Outbox:
     # -- the file -----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Delete what was discarded, and let go of the file. Idempotent."""
+        """Write what waits, delete what was discarded, and let go of the file. Idempotent."""
+        self.commit()
         with contextlib.suppress(OutboxError):
             self.prune()
         with self._turn, contextlib.suppress(sqlite3.Error):
@@ -269,8 +292,10 @@ class Outbox:
         with self._lock:
             writes = list(self._writes)
             self._writes.clear()
+        if not writes:
+            return
         numbers: list[int] = []
-        error: Exception | None = None
+        error: OutboxError | None = None
         try:
             with self._reported(), self._connection:
                 self._connection.execute("BEGIN")
@@ -283,6 +308,8 @@ class Outbox:
             write.error = error
             if error is None:
                 write.committed(numbers[index])
+            elif write.failed is not None:
+                write.failed(OutboxError(*error.args))
             write.over = True
 
     @contextlib.contextmanager

@@ -260,11 +260,12 @@ class Engine:
         qos: int,
         retain: bool,
         timeout: float | None,
+        wait_stored: bool = True,
     ) -> PublishReceipt:
-        """Wrap in an envelope and queue."""
+        """Wrap in an envelope and queue; for *wait_stored* see `Outbound.admit`."""
         raw_topic = topic_bytes(topic)
         envelope_id, payload = encode_event(event_type, data, self._source, correlation_id, self._correlation)
-        receipt = self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout)
+        receipt = self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout, wait_stored)
         if publish_logger.isEnabledFor(logging.DEBUG):
             publish_logger.debug(
                 "took an event for %r with %d bytes",
@@ -282,9 +283,15 @@ class Engine:
         return receipt
 
     def submit(
-        self, topic: str, payload: bytes | str, qos: int, retain: bool, timeout: float | None
+        self,
+        topic: str,
+        payload: bytes | str,
+        qos: int,
+        retain: bool,
+        timeout: float | None,
+        wait_stored: bool = True,
     ) -> PublishReceipt:
-        """Queue raw bytes."""
+        """Queue raw bytes; for *wait_stored* see `Outbound.admit`."""
         if isinstance(payload, str):
             payload = payload.encode()
         elif not isinstance(payload, bytes):
@@ -294,7 +301,7 @@ class Engine:
                     "publish_event takes other data"
                 )
             payload = bytes(payload)  # the caller may change a buffer while it waits here
-        return self._submit(topic, topic_bytes(topic), payload, None, qos, retain, timeout)
+        return self._submit(topic, topic_bytes(topic), payload, None, qos, retain, timeout, wait_stored)
 
     def _submit(
         self,
@@ -305,6 +312,7 @@ class Engine:
         qos: int,
         retain: bool,
         timeout: float | None,
+        wait_stored: bool,
     ) -> PublishReceipt:
         if self._forked:
             self.check()
@@ -316,7 +324,7 @@ class Engine:
             receipt = PublishReceipt(envelope_id, topic, qos)
         else:
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
-        self._outbound.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout)
+        self._outbound.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
         return receipt
 
     def _send_health(self, message: Outgoing, ahead: bool, timeout: float) -> None:

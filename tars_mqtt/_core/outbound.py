@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tars_mqtt._core import wire
-from tars_mqtt._core.outgoing import Outgoing
+from tars_mqtt._core.outgoing import Outgoing, left_in_outbox
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.suspicion import Suspicion
 from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID, Connack
@@ -109,12 +109,14 @@ class Outbound:
             self._held_bytes += message.size
         self._wake()
 
-    def admit(self, message: Outgoing, timeout: float | None) -> None:
+    def admit(self, message: Outgoing, timeout: float | None, wait_stored: bool = True) -> None:
         """Take a message, or refuse it before anything is sent.
 
         Args:
             message: What to send; its topic and payload are checked already.
             timeout: Seconds to wait for room; None waits for ever, 0 not at all.
+            wait_stored: Return when an outbox has it on disk. Otherwise it gets there before it is sent, and
+                its receipt fails if it does not: for a caller that may not block, and awaits the receipt.
 
         Raises:
             NotConnectedError: QoS 0 without a connection.
@@ -145,6 +147,9 @@ class Outbound:
             self._held += 1
             self._held_bytes += size
         if spool is not None:
+            if not wait_stored:
+                spool.store_soon(message, self._stored_late, self._not_stored)
+                return
             try:
                 spool.store(message, self._stored)
             except OutboxError:
@@ -155,8 +160,19 @@ class Outbound:
     def _stored(self, message: Outgoing) -> None:
         """A message is on disk: queue it, unless others that are only there come first."""
         with self._room:
-            if self._spool is not None and self._spool.stays_in_memory(message, len(self._firm)):
+            spool = self._spool
+            if spool is not None and spool.stays_in_memory(message, len(self._firm)):
                 self._firm.append(message)
+        if spool is None:
+            message.receipt._fail(left_in_outbox())
+
+    def _stored_late(self, message: Outgoing) -> None:
+        self._stored(message)
+        self._wake()
+
+    def _not_stored(self, message: Outgoing, error: OutboxError) -> None:
+        self._freed(1, message.size)
+        message.receipt._fail(error)
 
     def _fits(self, qos: int, size: int) -> bool:
         """Whether there is room for a message. Holds the lock."""
@@ -244,6 +260,8 @@ class Outbound:
 
     def abandon(self) -> int:
         """Give up what is held; returns how many of QoS 1 and 2 there were. After the network thread."""
+        if self._spool is not None:
+            self._spool.flush()
         with self._room:
             # What was taken back is done already.
             held = (*self._inflight.values(), *self._firm)
@@ -258,7 +276,7 @@ class Outbound:
         if spool is not None:
             spool.close()
             for message in lost:
-                message.receipt._fail(spool.unsent())
+                message.receipt._fail(left_in_outbox())
             lost = [message for message in lost if message.stored is None]
         for message in lost:
             message.receipt._fail(

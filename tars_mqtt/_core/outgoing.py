@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import attrs
 
+from tars_mqtt.errors import ClosedError
 from tars_mqtt.message import PublishReceipt
 
 
@@ -39,3 +40,11 @@ class Outgoing:
     @property
     def size(self) -> int:
         return len(self.topic) + len(self.payload)
+
+
+def left_in_outbox() -> ClosedError:
+    """What the receipt of a message says that stays in the file."""
+    return ClosedError(
+        "the client was shut down before the broker acknowledged the message; "
+        "it stays in the outbox, and goes out at the next start"
+    )

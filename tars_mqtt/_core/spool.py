@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tars_mqtt._core.outgoing import Outgoing, Stored
-from tars_mqtt.errors import ClosedError, OutboxError
+from tars_mqtt._core.outgoing import Outgoing, Stored, left_in_outbox
+from tars_mqtt.errors import OutboxError
 from tars_mqtt.message import PublishReceipt
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Spool:
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._pruning = False
+        self._committing = False
 
     def store(self, message: Outgoing, stored: Callable[[Outgoing], None]) -> None:
         """Return when *message* is on disk; *stored* has been called with it, in order of numbers.
@@ -55,16 +56,36 @@ class Spool:
         Raises:
             OutboxError: It could not be written.
         """
-        now = time.time()
+        self._outbox.store(*_row(message), _committed(message, stored))
 
-        def committed(number: int) -> None:
-            message.stored = Stored(number, now)
-            stored(message)
+    def store_soon(
+        self,
+        message: Outgoing,
+        stored: Callable[[Outgoing], None],
+        failed: Callable[[Outgoing, OutboxError], None],
+    ) -> None:
+        """Have *stored* or *failed* called with *message*, on another thread as a rule. Does not block.
 
-        receipt = message.receipt
-        self._outbox.store(
-            message.topic, message.payload, message.qos, message.retain, receipt.envelope_id, committed
+        What comes while a commit is under way shares the next: without this, a single thread would wait
+        for the disk once for each message.
+        """
+        self._outbox.store_soon(
+            *_row(message), _committed(message, stored), lambda error: failed(message, error)
         )
+        with self._lock:
+            if self._committing:
+                return
+            self._committing = True
+        self._later(0.0, self._commit)
+
+    def _commit(self) -> None:
+        with self._lock:
+            self._committing = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what `store_soon` has taken."""
+        self._outbox.commit()
 
     def stays_in_memory(self, message: Outgoing, queued: int) -> bool:
         """Whether *message*, just stored, goes to the queue of so many at once. Holds the queue's lock."""
@@ -145,11 +166,18 @@ class Spool:
         """Let go of the file. What was not sent stays in it."""
         self._outbox.close()
         for receipt in list(self._receipts.values()):
-            receipt._fail(self.unsent())
+            receipt._fail(left_in_outbox())
 
-    def unsent(self) -> ClosedError:
-        """What the receipt of a message says that stays in the file."""
-        return ClosedError(
-            "the client was shut down before the broker acknowledged the message; "
-            "it stays in the outbox, and goes out at the next start"
-        )
+
+def _row(message: Outgoing) -> tuple[bytes, bytes, int, bool, str | None]:
+    return message.topic, message.payload, message.qos, message.retain, message.receipt.envelope_id
+
+
+def _committed(message: Outgoing, stored: Callable[[Outgoing], None]) -> Callable[[int], None]:
+    now = time.time()
+
+    def committed(number: int) -> None:
+        message.stored = Stored(number, now)
+        stored(message)
+
+    return committed

@@ -262,7 +262,9 @@ class MQTTClient:
         loop = self._on_loop()
         started = loop.time()
         receipt = await self._admitted(
-            lambda: self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, 0.0),
+            lambda: self._engine.submit_event(
+                topic, event_type, data, correlation_id, qos, retain, 0.0, wait_stored=False
+            ),
             limit,
         )
         if qos:
@@ -285,6 +287,9 @@ class MQTTClient:
         Args:
             timeout: Without effect: this never waits, and a full queue is a `QueueFullError` at once.
                 Await `publish_event` to wait for room.
+
+        With an `outbox` it holds up the loop until the disk has the event. `publish_event` does not, and many
+        of them at once share what they wait for.
         """
         seconds(timeout, 0.0)
         return PublishReceipt(
@@ -304,7 +309,9 @@ class MQTTClient:
         limit = seconds(timeout, self.config.publish_timeout)
         loop = self._on_loop()
         started = loop.time()
-        receipt = await self._admitted(lambda: self._engine.submit(topic, payload, qos, retain, 0.0), limit)
+        receipt = await self._admitted(
+            lambda: self._engine.submit(topic, payload, qos, retain, 0.0, wait_stored=False), limit
+        )
         await receipt.result(_rest(limit, started, loop))
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tars_mqtt import ClosedError, ConnectError, Envelope, OutboxError, PublishRejectedError, QueueFullError
+from tars_mqtt import (
+    ClosedError,
+    ConnectError,
+    Envelope,
+    OutboxError,
+    PublishRejectedError,
+    QueueFullError,
+    aio,
+)
+from tars_mqtt.outbox import Outbox
 from tests.support import FaultProxy, eventually, numbers
 from tests.support.port import HOST, free_port
 
@@ -124,6 +134,47 @@ def test_what_is_too_old_is_not_sent(make_client, broker: Broker, path: str) -> 
     with pytest.raises(PublishRejectedError, match="outbox_max_age"):
         old.result(10)
     client.publish_event("a", "n", 2, qos=1)
+
+
+async def test_a_slow_disk_holds_up_no_event_loop(broker: Broker, path: str) -> None:
+    """Publishes of many tasks wait together, and leave in order; what the disk refuses fails its publish."""
+    received: list[bytes] = []
+    async with aio.MQTTClient(broker.url, "slow-disk", outbox=path) as client:
+        await client.subscribe("a", received.append, 1)
+        outbox = client._engine._outbound._spool._outbox
+        with outbox._turn:  # the disk takes its time
+            tasks = [asyncio.create_task(client.publish_event("a", "n", n, qos=1)) for n in range(50)]
+            await asyncio.sleep(0.1)
+            assert not any(task.done() for task in tasks)
+            assert client.stats().queued == 50
+        await asyncio.gather(*tasks)
+        await asyncio.to_thread(eventually, lambda: len(received) == 50)
+        assert numbers(received) == list(range(50))
+
+        outbox._connection.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(OutboxError, match="full"):
+            await client.publish_event("a", "n", "x" * 1_000_000, qos=1)
+        assert client.stats().queued == 0
+
+
+async def test_a_shutdown_writes_what_waits_for_the_disk(broker: Broker, path: str) -> None:
+    """What a publish had left to the disk is in the file afterwards, and its caller is told so."""
+    client = aio.MQTTClient(broker.url, "in-a-hurry", outbox=path)
+    await client.connect()
+    broker.freeze()
+    try:
+        spool = client._engine._outbound._spool
+        spool._later = lambda delay, call: None  # the time for the commit does not come
+        publishing = asyncio.create_task(client.publish_event("a", "n", 1, qos=1))
+        await asyncio.sleep(0)
+        await client.shutdown(0.5)
+        with pytest.raises(ClosedError, match="stays in the outbox"):
+            await publishing
+    finally:
+        broker.thaw()
+    outbox = Outbox(path)
+    assert outbox.totals()[0] == 1
+    outbox.close()
 
 
 def test_two_clients_on_one_file_are_refused(make_client, broker: Broker, path: str) -> None:

@@ -91,6 +91,34 @@ def test_threads_share_commits_and_numbers_come_in_order(outbox: Outbox) -> None
     assert outbox.totals()[0] == len(order) == 400
 
 
+def test_what_waits_for_a_commit_shares_it_in_order_and_nobody_is_forgotten(outbox: Outbox) -> None:
+    """Also with one who does not wait before one who does, and at the end."""
+    order: list[str] = []
+
+    def leave(name: str) -> None:
+        outbox.store_soon(b"a", b"x", 1, False, None, lambda _: order.append(name), pytest.fail)
+
+    leave("first")
+    leave("second")
+    assert order == []
+    outbox.commit()
+    leave("third")
+    outbox.store(b"a", b"x", 1, False, None, lambda _: order.append("fourth"))
+    leave("fifth")
+    outbox.close()
+    assert order == ["first", "second", "third", "fourth", "fifth"]
+
+
+def test_who_does_not_wait_for_a_commit_is_told_that_it_failed(outbox: Outbox) -> None:
+    failed: list[OutboxError] = []
+    outbox._connection.execute("PRAGMA max_page_count = 1")
+    for _ in range(2):
+        outbox.store_soon(b"a", b"x" * 1_000_000, 1, False, None, pytest.fail, failed.append)
+    outbox.commit()
+    assert len(failed) == 2
+    assert failed[0] is not failed[1]
+
+
 def test_a_second_user_of_the_file_is_refused(outbox: Outbox, path: Path) -> None:
     with pytest.raises(OutboxError, match="in use by another process"):
         Outbox(path)
