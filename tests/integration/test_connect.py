@@ -17,22 +17,20 @@ from tars_mqtt import (
     NotConnectedError,
     SubscribeError,
 )
-from tests.support import LeakCheck, PacketType, ScriptedBroker, eventually
+from tests.support import (
+    LeakCheck,
+    PacketType,
+    ScriptedBroker,
+    accept_and_leave,
+    accept_and_serve,
+    eventually,
+)
 from tests.support import packet as mqtt
 from tests.support.port import HOST, free_port
 from tests.support.thread import in_thread
 
 BAD_PASSWORD = 0x86
 NOT_AUTHORISED = 0x87
-
-
-def accept_and_serve(connection) -> None:
-    connection.accept()
-    connection.serve()
-
-
-def accept_and_end(connection) -> None:
-    connection.accept()
 
 
 def refuse(code: int):
@@ -283,7 +281,7 @@ def test_a_refusal_that_time_may_cure_is_retried_until_the_time_is_up(make_clien
 
 def test_a_later_refusal_is_retried_at_the_longest_delay_with_an_error_log(make_client, caplog):
     """The service goes on trying: an operator may mend the broker's rules any time."""
-    with ScriptedBroker(accept_and_end, refuse(BAD_PASSWORD), accept_and_serve) as broker:
+    with ScriptedBroker(accept_and_leave, refuse(BAD_PASSWORD), accept_and_serve) as broker:
         client = make_client(broker.url, reconnect_max_delay=1.0)
         client.connect()
         eventually(lambda: client.stats().reconnects == 1)

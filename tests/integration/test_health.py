@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tars_mqtt import NotConnectedError
-from tests.support import FaultProxy, PacketType, ScriptedBroker, eventually
+from tests.support import FaultProxy, PacketType, ScriptedBroker, accept_and_serve, eventually
 from tests.support import packet as mqtt
 from tests.support.observer import Observer
 from tests.support.program import Program
@@ -40,11 +40,6 @@ def retained_state(broker, topic: str = HEALTH) -> dict:
     """The state that the broker keeps for whoever asks later."""
     with Observer(broker.host, broker.port, topic) as late:
         return late.wait_for(topic)[0].data
-
-
-def accept_and_serve(connection) -> None:
-    connection.accept()
-    connection.serve()
 
 
 # -- health -------------------------------------------------------------------------------------

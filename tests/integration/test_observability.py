@@ -46,11 +46,6 @@ def fail(payload) -> None:
     raise LookupError("mine")
 
 
-def serve(connection) -> None:
-    connection.accept()
-    connection.serve()
-
-
 # -- log records --------------------------------------------------------------------------------
 
 

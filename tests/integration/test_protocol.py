@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tars_mqtt import ConnectError, ConnectRefusedError
-from tests.support import PacketType, ScriptedBroker, eventually
+from tests.support import PacketType, ScriptedBroker, accept_and_leave, accept_and_serve, eventually
 from tests.support import packet as mqtt
 from tests.support.packet import Property
 
@@ -15,15 +15,6 @@ V311, V5 = mqtt.V311, mqtt.V5
 
 UNSUPPORTED = 0x84
 UNSUPPORTED_311 = 0x01
-
-
-def serve(connection) -> None:
-    connection.accept()
-    connection.serve()
-
-
-def accept_and_end(connection) -> None:
-    connection.accept()
 
 
 def refuse(code: int):
@@ -75,7 +66,7 @@ def test_auto_falls_back_to_311_within_the_connect_timeout_and_remembers_it(make
         connection.accept()
         connection.answer(connection.expect(PacketType.SUBSCRIBE))
 
-    with ScriptedBroker(refusal, serve_shortly, serve) as broker:
+    with ScriptedBroker(refusal, serve_shortly, accept_and_serve) as broker:
         client = make_client(broker.url, connect_timeout=2.0)
         client.subscribe("a/#", print)
         client.connect()
@@ -85,7 +76,7 @@ def test_auto_falls_back_to_311_within_the_connect_timeout_and_remembers_it(make
 
 
 def test_what_auto_found_out_outlives_a_shutdown(make_client):
-    with ScriptedBroker(refuse_as_5, serve) as broker:
+    with ScriptedBroker(refuse_as_5, accept_and_serve) as broker:
         client = make_client(broker.url)
         for _ in range(2):
             client.connect()
@@ -96,7 +87,7 @@ def test_what_auto_found_out_outlives_a_shutdown(make_client):
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_auto_finds_out_again_when_the_broker_was_replaced_by_an_older_one(make_client, refusal):
     """A service is not restarted because its broker was."""
-    with ScriptedBroker(accept_and_end, refusal, refusal, serve) as broker:
+    with ScriptedBroker(accept_and_leave, refusal, refusal, accept_and_serve) as broker:
         client = make_client(broker.url, connect_timeout=0.6)
         client.connect()
         eventually(lambda: client.stats().reconnects == 1 and client.connected)
@@ -217,7 +208,7 @@ FINAL = [
 
 @pytest.mark.parametrize(("level", "code", "reason"), CURABLE)
 def test_a_refusal_that_may_pass_is_tried_again(make_client, caplog, level, code, reason):
-    with ScriptedBroker(refuse(code), serve) as broker:
+    with ScriptedBroker(refuse(code), accept_and_serve) as broker:
         client = make_client(broker.url, protocol="5" if level == V5 else "3.1.1")
         client.connect()
         client.shutdown()
