@@ -318,4 +318,5 @@ class Aiomqtt:
             await asyncio.wait([self._life], timeout=timeout)
 
         self._loop.call(end)
-        self._loop.close()
+        with contextlib.suppress(AssertionError):  # errors that nobody saw on the loop: aiomqtt's own
+            self._loop.close()

@@ -19,7 +19,7 @@ from reliability.soak import Length, soak
 from reliability.stage import Cast
 
 _TIMEOUT = 900.0
-_SIDE_BY_SIDE = 5
+_SIDE_BY_SIDE = 3
 """Soaks at a time: they wait most of the time."""
 _FAILED, _NOT_MET = "failed", " **(not met)**"
 _KILLS = ("kill-publisher", "kill-subscriber")
@@ -41,7 +41,7 @@ def _losses(kinds: Sequence[str], client: str, quick: bool) -> Outcome:
     """Ten faults for each of twenty seeds, some 2,750 events each; a few seeds for the others."""
     ours = client in contender.OURS
     seeds = range(1, 2 if quick else 21 if ours else 6)
-    cast = Cast(client=client, rate=180.0)
+    cast = Cast(client=client, rate=450.0)
 
     def run(seed: int) -> tuple[int, int, int, int, list[str]]:
         account, broken = soak(cast, seed, kinds, Length(count=2 if quick else 10), lambda line: None)

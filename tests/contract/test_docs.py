@@ -153,6 +153,17 @@ def test_the_map_leads_to_every_page():
     assert not {name_of(path) for path in everything - seen}
 
 
+# -- tests ----------------------------------------------------------------------------------------
+
+
+def test_every_test_that_a_page_names_exists():
+    """docs/RELIABILITY.md names the tests that show its promises."""
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert not named - set(re.findall(r"^(?:async )?def (test_\w+)\(", written, re.MULTILINE))
+
+
 # -- the tables of docs/CONFIGURATION.md ------------------------------------------------------------
 
 
