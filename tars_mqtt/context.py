@@ -7,6 +7,7 @@ from contextvars import ContextVar
 
 from tars_mqtt.errors import DecodeError
 from tars_mqtt.message import Message
+from tars_mqtt.printable import printable
 
 __all__ = ["EnvelopeLogFilter", "current_message"]
 
@@ -17,8 +18,8 @@ current_message: ContextVar[Message | None] = ContextVar("current_message", defa
 class EnvelopeLogFilter(logging.Filter):
     """Adds ``topic``, ``envelope_id`` and ``correlation_id`` of the current message to log records.
 
-    Fields that a record has already stay; outside a handler they are None. The envelope is decoded
-    only when a record passes by::
+    Fields that a record has already stay; outside a handler they are None. What others wrote is on
+    one line and without escape sequences. The envelope is decoded only when a record passes by::
 
         handler.addFilter(EnvelopeLogFilter())
         handler.setFormatter(logging.Formatter("%(message)s [%(envelope_id)s]"))
@@ -38,5 +39,5 @@ class EnvelopeLogFilter(logging.Filter):
                 fields |= {"envelope_id": envelope.id, "correlation_id": envelope.correlation_id}
         for name, value in fields.items():
             if not hasattr(record, name):
-                setattr(record, name, value)
+                setattr(record, name, None if value is None else printable(value))
         return True

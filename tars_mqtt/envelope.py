@@ -145,15 +145,21 @@ class Envelope:
         That is the id; where correlation ids stand in its place and so repeat on purpose, type and data too.
         """
         if mode == "field":
-            return self.id
+            return _key_part(self.id)
         text = ujson.dumps(self.data, ensure_ascii=False, sort_keys=True)
-        return self.id, self.type, blake2b(text.encode(), digest_size=16).digest()
+        digest = blake2b(text.encode(), digest_size=16).digest()
+        return _key_part(self.id), _key_part(self.type), digest
 
     def _document(self) -> dict[str, Any]:
         document = {"id": self.id, "type": self.type, "ts": self.ts, "source": self.source, "data": self.data}
         if self.correlation_id is not None:
             document["correlation_id"] = self.correlation_id
         return document
+
+
+def _key_part(text: str) -> str | bytes:
+    """Keys are kept for long, and what others write into an envelope may be as large as a message."""
+    return text if len(text) <= 128 else blake2b(text.encode(), digest_size=32).digest()
 
 
 def encode_event(

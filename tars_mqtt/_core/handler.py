@@ -16,6 +16,7 @@ from tars_mqtt.dedup import MessageDeduplicator
 from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import DecodeError
 from tars_mqtt.message import Message
+from tars_mqtt.printable import printable
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -233,13 +234,17 @@ class HandlerCall:
         return Outcome.UNDECODABLE
 
     def _extra(self, message: Message) -> dict[str, Any]:
-        fields: dict[str, Any] = {"client_id": self._client_id, "topic": message.topic, "qos": message.qos}
+        fields: dict[str, Any] = {
+            "client_id": self._client_id,
+            "topic": printable(message.topic),
+            "qos": message.qos,
+        }
         try:
             envelope = message.envelope
         except DecodeError:
             return fields
         return fields | {
-            "event_type": envelope.type,
-            "envelope_id": envelope.id,
-            "correlation_id": envelope.correlation_id,
+            "event_type": printable(envelope.type),
+            "envelope_id": printable(envelope.id),
+            "correlation_id": envelope.correlation_id and printable(envelope.correlation_id),
         }

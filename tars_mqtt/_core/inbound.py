@@ -13,6 +13,7 @@ from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
 from tars_mqtt.message import Message
+from tars_mqtt.printable import printable
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -269,4 +270,4 @@ class Inbound:
         logger.debug("nobody handles %r", message.topic, extra=self._extra(message))
 
     def _extra(self, message: Message) -> dict[str, object]:
-        return {"client_id": self._client_id, "topic": message.topic, "qos": message.qos}
+        return {"client_id": self._client_id, "topic": printable(message.topic), "qos": message.qos}

@@ -31,6 +31,7 @@ from tars_mqtt._core.event import (
 )
 from tars_mqtt._core.stream import ConnectionLostError, Stream
 from tars_mqtt.errors import ConnectError
+from tars_mqtt.printable import printable
 
 _MOST_CONTROL_BYTES = 262_144
 """Of one packet for paho: it makes objects of all their properties, on the network thread."""
@@ -213,7 +214,9 @@ class Control:
         try:
             code = self.client.loop_read()
         except Exception as error:
-            raise ConnectionLostError(f"the broker sent a malformed packet: {error}") from error
+            raise ConnectionLostError(
+                f"the broker sent a malformed packet: {printable(str(error))}"
+            ) from error
         events, self._events = self._events, []
         if events:
             return events

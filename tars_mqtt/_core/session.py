@@ -46,7 +46,8 @@ _SHORT_TIME = 60.0
 """Seconds; connections that are hung up sooner, again and again, look like a quarrel over the client id."""
 _PACKET_IDS = 65_535
 _MOST_UNSENT_PACKETS = 4 * _PACKET_IDS
-"""More than the window, what `Outbound` writes ahead and all acknowledgements can come to."""
+"""More than the window, what `Outbound` writes ahead and all acknowledgements can come to: a broker that
+asks for more answers and reads none must not fill our memory."""
 _HOMELESS_TIME = 2.0
 """Seconds after the last subscribe that messages of an earlier process wait for one to take them."""
 
@@ -402,7 +403,8 @@ class Session:
         now = time.monotonic()
         liveness = self._liveness
         liveness.note(now, self.transport.signs_of_life, self.transport.traffic[1])
-        self._refuse_floods()
+        if self.transport.unsent_packets > _MOST_UNSENT_PACKETS:
+            raise ConnectionLostError("the broker does not read the answers to what it sends")
         congested = self._congested()
         self.transport.pause(congested)
         if congested:
@@ -426,13 +428,6 @@ class Session:
         if self._ready:
             due = min(due, self._companion.tick(now))
         return max(0.0, due - now)
-
-    def _refuse_floods(self) -> None:
-        """A broker that keeps to the standard can do neither of these; another must not fill our memory."""
-        if self.inbound.unacknowledged > _PACKET_IDS:
-            raise ConnectionLostError("the broker has more messages under way than there are packet ids")
-        if self.transport.unsent_packets > _MOST_UNSENT_PACKETS:
-            raise ConnectionLostError("the broker does not read the answers to what it sends")
 
     def _congested(self) -> bool:
         """Whether handlers are so far behind that no more is read.

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import json
+import logging
 import tracemalloc
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 
-from tars_mqtt import ConnectError, MQTTClient
+from tars_mqtt import (
+    ConnectError,
+    Envelope,
+    EnvelopeLogFilter,
+    MQTTClient,
+    PublishRejectedError,
+    SubscribeError,
+)
 from tests.support import ScriptedBroker, eventually, packet
 from tests.support.observer import Observer
 from tests.support.packet import PacketType, Property
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.support import ScriptedConnection
 
+SHOWN = ("message", "topic", "event_type", "envelope_id", "correlation_id")
 VERSIONS = ("5", "3.1.1")
 MIB = 1 << 20
 
 
-def served(*messages: Callable[[int], bytes]) -> Callable[[ScriptedConnection], None]:
-    """A broker that answers the first SUBSCRIBE and sends these, made for its version, right behind."""
-
-    def play(connection: ScriptedConnection) -> None:
-        connection.accept()
-        connection.answer(connection.expect(PacketType.SUBSCRIBE))
-        connection.send(*(message(connection.level) for message in messages))
-        connection.serve()
-
-    return play
-
-
-def message(topic: str, payload: bytes, **options) -> Callable[[int], bytes]:
-    return lambda level: packet.publish(topic, payload, level=level, **options)
+def calm(connection: ScriptedConnection) -> None:
+    connection.accept()
+    connection.serve()
 
 
 # -- size -------------------------------------------------------------------------------------------
@@ -100,7 +98,7 @@ def test_a_message_that_is_too_large_is_not_held(make_client, protocol, caplog) 
 
 
 def test_a_broker_of_mqtt_5_is_told_how_large_a_packet_may_be(make_client) -> None:
-    with ScriptedBroker(lambda connection: (connection.accept(), connection.serve())) as broker:
+    with ScriptedBroker(calm) as broker:
         make_client(broker.url, "limited", max_payload_bytes=MIB).connect()
         make_client(broker.url, "unlimited", max_payload_bytes=268_435_455).connect()
         asked = [packet.read_connect(connect).properties for connect in broker.received(PacketType.CONNECT)]
@@ -127,34 +125,102 @@ def test_a_control_packet_without_end_is_refused() -> None:
             client.connect(timeout=2)
 
 
-@pytest.mark.parametrize(
-    "flood",
-    [
-        pytest.param(packet.publish("a", b"", qos=1, packet_id=1, level=5), id="one packet id for ever"),
-        pytest.param(packet.pubrec(20_000), id="PUBREC that nobody asked for"),
-    ],
-)
-def test_a_flood_that_fills_the_memory_ends_the_connection(flood, caplog) -> None:
-    """The broker reads no answers, or opens ever new messages: both are bounded, and nobody hangs."""
-    released = threading.Event()
+def test_a_broker_that_wants_answers_and_reads_none_is_left(make_client, caplog) -> None:
+    """They would fill our memory, one for each of its packets."""
+    flood = packet.pubrec(20_000) * 1000
 
     def play(connection: ScriptedConnection) -> None:
         connection.accept()
-        connection.answer(connection.expect(PacketType.SUBSCRIBE))
         while True:
-            connection.send(flood * 1000)
-
-    def calm(connection: ScriptedConnection) -> None:
-        connection.accept()
-        connection.serve()
+            connection.send(flood)
 
     with ScriptedBroker(play, calm) as broker:
-        client = MQTTClient(broker.url, "c", protocol="5", reconnect_min_delay=0.1, shutdown_timeout=1.0)
-        client.subscribe("a", lambda _: released.wait(30), 1)
-        try:
+        client = make_client(broker.url, protocol="5")
+        client.connect()
+        eventually(lambda: client.stats().reconnects and client.connected, 30)
+        client.shutdown(1.0)
+    assert "the broker does not read the answers" in caplog.text
+
+
+# -- what reaches a log -------------------------------------------------------------------------------
+
+EVIL = "a\r\n2026-01-01 ERROR all is lost\x1b[2J\u2028\x9b31m"
+FORGERIES = {
+    Property.REASON_STRING: EVIL,
+    Property.USER_PROPERTY: [(EVIL, EVIL)],
+}
+
+
+@attrs.define
+class Expected:
+    number: int
+
+
+def evil_envelope() -> bytes:
+    return json.dumps(
+        {"id": EVIL, "type": EVIL, "ts": 1.0, "source": EVIL, "data": {EVIL: EVIL}, "correlation_id": EVIL}
+    ).encode()
+
+
+def with_properties(body: bytes, *codes: int) -> bytes:
+    return body + packet._properties(packet.V5, FORGERIES) + bytes(codes)
+
+
+def test_nothing_that_others_wrote_reaches_a_log_unescaped(make_client, caplog) -> None:
+    """Topics, ids, types, reason strings, server references, user properties: one record stays one line."""
+
+    def wants_another(data: Expected) -> None: ...
+
+    def raises(event: Envelope) -> None:
+        logging.getLogger("mine").warning("failing")
+        raise ValueError
+
+    def play(connection: ScriptedConnection) -> None:
+        connection.accept(properties=FORGERIES)
+        subscribed = [connection.expect(PacketType.SUBSCRIBE) for _ in range(3)]
+        kind = PacketType.SUBACK
+        for number, asked in enumerate(subscribed):
+            code = 0x87 if number == 2 else 0
+            connection.send(packet.packet(kind, 0, with_properties(asked.body[:2], code)))
+        for topic in (f"wants/{EVIL}", f"raises/{EVIL}", f"nobody/{EVIL}"):
+            connection.send(
+                packet.publish(
+                    topic, evil_envelope(), level=5, properties={Property.USER_PROPERTY: [(EVIL, EVIL)]}
+                )
+            )
+        connection.send(packet.publish(f"wants/{EVIL}", b"\xff", level=5))
+        connection.send(packet.publish(f"wants/{EVIL}", b"x" * 2000, level=5))
+        sent = packet.read_publish(connection.expect(PacketType.PUBLISH), 5)
+        refusal = sent.packet_id.to_bytes(2) + b"\x87"
+        connection.send(packet.packet(PacketType.PUBACK, 0, with_properties(refusal)))
+        connection.send(packet.disconnect(0x9C, properties=FORGERIES | {Property.SERVER_REFERENCE: EVIL}))
+
+    def nonsense(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.send(packet.packet(PacketType.SUBACK, 0, EVIL.encode()))
+
+    def refusal(connection: ScriptedConnection) -> None:
+        connection.expect(PacketType.CONNECT)
+        properties = FORGERIES | {Property.SERVER_REFERENCE: EVIL}
+        connection.send(packet.connack(0x9D, level=5, properties=properties))
+
+    caplog.set_level("DEBUG")
+    caplog.handler.addFilter(EnvelopeLogFilter())
+    with ScriptedBroker(play, nonsense, refusal, calm) as broker:
+        client = make_client(broker.url, protocol="5", max_payload_bytes=1000)
+        client.subscribe("wants/#", wants_another)
+        client.subscribe("raises/#", raises)
+        client.subscribe("shut/#", raises)
+        with contextlib.suppress(SubscribeError):
             client.connect()
-            eventually(lambda: client.stats().reconnects and client.connected, 30)
-        finally:
-            released.set()
-            client.shutdown()
-    assert "the broker has more messages" in caplog.text or "the broker does not read" in caplog.text
+        with contextlib.suppress(PublishRejectedError):
+            client.publish("a", b"", qos=1, timeout=3)
+        eventually(lambda: len(broker.connections) > 3, 20)
+        eventually(lambda: client.stats().decode_failures == 2 and client.stats().handler_failures == 1)
+        client.shutdown(1.0)
+    ours = [record for record in caplog.records if record.name.startswith(("tars_mqtt", "mine"))]
+    said = [
+        " | ".join(str(value) for name, value in vars(record).items() if name in SHOWN) for record in ours
+    ]
+    assert sum("all is lost" in line for line in said) >= 5, said
+    assert not [line for line in said if not line.isprintable()]

@@ -221,6 +221,15 @@ def test_ids_that_repeat_on_purpose_are_told_apart_by_type_and_data() -> None:
     assert one.dedup_key("field") == "request-1"
 
 
+@pytest.mark.parametrize("mode", ["field", "id"])
+def test_a_key_is_small_however_large_the_envelope_is(mode) -> None:
+    """Deduplication keeps many of them for long; and two that are long are told apart all the same."""
+    long = "x" * 1_000_000
+    keys = {Envelope(long + end, long, 1.0, "s", long).dedup_key(mode) for end in "abb"}
+    assert len(keys) == 2
+    assert all(len(repr(key)) < 1000 for key in keys)
+
+
 # -- what comes in --------------------------------------------------------------------------------
 
 
