@@ -397,13 +397,13 @@ class MQTTClient:
 
         The buffer is bounded by ``max_pending``, as for handlers. A message of QoS 1 or 2 is
         acknowledged when the next one is asked for. The iteration ends with `MessageIterator.close`
-        and with `shutdown`.
+        and with `shutdown`; an iterator that nobody refers to any more is closed.
 
         Raises:
             TopicError, SubscribeError: As `subscribe`.
         """
         registration = self._engine.register(topic, qos, None, None, {})
-        return MessageIterator(self._engine, self._subscribed(registration, DEFAULT), registration.consumer)
+        return MessageIterator(self._engine, self._subscribed(registration, DEFAULT), registration)
 
 
 def _worker_pool(

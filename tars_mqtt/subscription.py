@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Self
 
-from tars_mqtt._core.dispatch import Consumer
+from tars_mqtt._core.dispatch import Taken
 from tars_mqtt._core.engine import Engine
-from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.message import Message
@@ -66,13 +65,17 @@ class Subscription(Registered):
 
 
 class MessageIterator(Iterator[Message]):
-    """What `MQTTClient.messages` returns. A context manager: leaving it unsubscribes."""
+    """What `MQTTClient.messages` returns. A context manager: leaving it unsubscribes.
 
-    def __init__(self, engine: Engine, subscription: Subscription, consumer: Consumer) -> None:
+    One that nobody refers to any more is closed, a loop that was left with ``break`` for instance.
+    """
+
+    def __init__(self, engine: Engine, subscription: Subscription, registration: Registration) -> None:
         self._engine = engine
         self._subscription = subscription
-        self._consumer = consumer
-        self._current: Delivery | None = None
+        self._registration = registration
+        self._consumer = registration.consumer
+        self._current: Taken | None = None
 
     def __next__(self) -> Message:
         message = self.next(None)
@@ -90,13 +93,14 @@ class MessageIterator(Iterator[Message]):
             TimeoutError: None came in time.
         """
         self._finish_current()
+        self._engine.check()
         self._current = self._engine.dispatcher.next(self._consumer, seconds(timeout, 0.0))
-        return None if self._current is None else self._current.message
+        return None if self._current is None else self._current.delivery.message
 
     def _finish_current(self) -> None:
         current, self._current = self._current, None
         if current is not None:
-            self._engine.dispatcher.finished(self._consumer, current)
+            self._engine.dispatcher.finished(current)
 
     def close(self) -> None:
         """Acknowledge the last message, and unsubscribe."""
@@ -108,3 +112,6 @@ class MessageIterator(Iterator[Message]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        self._engine.abandon(self._registration, self._current)

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -26,9 +26,8 @@ _LONG_BURST_TIME = 0.005
 """Seconds; a burst that took longer is halved next time, a shorter one doubled."""
 
 
-in_work: contextvars.ContextVar[int] = contextvars.ContextVar("in_work", default=0)
-"""Inside a handler: the size of the burst that it belongs to. Whoever waits for all work to be done
-must not wait for its own."""
+_in_work: contextvars.ContextVar[Burst | None] = contextvars.ContextVar("in_work", default=None)
+"""Inside a handler: the burst that it belongs to."""
 
 
 class Handling(Protocol):
@@ -42,7 +41,7 @@ class Handling(Protocol):
 
 @attrs.define(eq=False)
 class Consumer:
-    """One subscription as its dispatcher sees it. The last five: guarded by its lock."""
+    """One subscription as its dispatcher sees it. The last six: guarded by its lock."""
 
     lane: Lane
     limit: int
@@ -55,8 +54,21 @@ class Consumer:
     offered: int = 0
     """Of the tokens, those that wait for a worker."""
     tokens: int = 0
-    """Bursts in work or waiting for a worker: never more than *limit*."""
+    """Bursts in work or waiting for a worker: never more than *limit*. For an iterator: what it has handed out."""
     closed: bool = False
+    reader: object = None
+    """The thread or task that reads an iterator."""
+
+
+@attrs.frozen
+class Turn:
+    """A consumer's turn to have a burst handled."""
+
+    consumer: Consumer
+    life: int
+    """Of the dispatcher. What is left of an older one changes nothing any more, for that one's work is given up."""
+    postponed: list[Delivery] | None = None
+    """What had to wait for a retry; without, what waits in the lane."""
 
 
 class Dispatcher:
@@ -82,8 +94,11 @@ class Dispatcher:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._pending = 0
+        self._postponed = 0
         self._consumers: set[Consumer] = set()
+        self._iterators: set[Consumer] = set()
         self._handled = 0
+        self._life = 0
         self.stopping = False
 
     @property
@@ -100,11 +115,14 @@ class Dispatcher:
         """Make a consumer known. Any thread."""
         with self._lock:
             self._consumers.add(consumer)
+            if not consumer.limit:
+                self._iterators.add(consumer)
 
     def remove(self, consumer: Consumer) -> None:
         """Forget a consumer; what waits for it is over without being handled. Any thread."""
         with self._changed:
             self._consumers.discard(consumer)
+            self._iterators.discard(consumer)
             consumer.closed = True
             removed = consumer.lane.clear()
             self._pending -= len(removed)
@@ -115,7 +133,7 @@ class Dispatcher:
 
     def submit(self, batches: Mapping[Consumer, list[Delivery]]) -> None:
         """Take a burst as it came from the broker. Network thread; does not block."""
-        starts: list[Consumer] = []
+        starts: list[Turn] = []
         late: list[Delivery] = []
         excess: list[Delivery] = []
         with self._lock:
@@ -128,23 +146,25 @@ class Dispatcher:
                 if self._pending > self._max_pending:
                     excess += self._shed(consumer)
                 starts += self._offer(consumer)
-        for consumer in starts:
-            self._start(consumer)
+        for turn in starts:
+            self._start(turn)
         for consumer in batches:
             if consumer.arrived is not None:
                 consumer.arrived()
         self._give_up(late, "unsubscribed")
         self._give_up(excess, "max_pending")
 
-    def _offer(self, consumer: Consumer) -> list[Consumer]:
-        """Name *consumer* once for each burst that may begin. Holds the lock."""
+    def _offer(self, consumer: Consumer) -> list[Turn]:
+        """A turn for each burst that may begin. Holds the lock."""
         if not consumer.limit:
             self._changed.notify_all()
-        starts = []
+        starts: list[Turn] = []
+        if self.stopping:
+            return starts
         while consumer.tokens < consumer.limit and consumer.offered < len(consumer.lane):
             consumer.tokens += 1
             consumer.offered += 1
-            starts.append(consumer)
+            starts.append(Turn(consumer, self._life))
         return starts
 
     def _shed(self, consumer: Consumer) -> list[Delivery]:
@@ -185,19 +205,53 @@ class Dispatcher:
         """Be ready to handle; after `stop`, again."""
         raise NotImplementedError
 
-    def wait_idle(self, timeout: float, own: int) -> bool:
-        """Wait until nothing waits or is in work, but for the *own* burst of the caller; see `in_work`."""
+    def own_work(self) -> int:
+        """Inside a handler: the size of its burst, which must not be waited for there; otherwise 0."""
+        burst = _in_work.get()
+        return burst.size if burst is not None and burst.dispatcher is self else 0
+
+    def wait_idle(self, timeout: float, own: int, reader: object) -> bool:
+        """Wait until nothing waits or is in work.
+
+        Args:
+            own: See `own_work`; not waited for.
+            reader: The thread or task that waits. Where it reads an iterator itself, or nobody does, what the
+                iterator holds is not waited for.
+        """
+
+        def unread() -> int:
+            return sum(
+                len(consumer.lane) + consumer.tokens
+                for consumer in self._iterators
+                if consumer.reader is reader or _has_left(consumer.reader)
+            )
+
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending <= own, timeout)
+            return self._changed.wait_for(lambda: self._pending <= own + unread(), timeout)
 
     def stop(self, timeout: float) -> list[str]:
         """Give up what still waits, unacknowledged; name the handlers that do not return in time."""
         raise NotImplementedError
 
+    def _end_life(self) -> None:
+        """Give up what still waits, and have nothing to do with what is in work. Holds the lock."""
+        self.stopping = True
+        self._life += 1
+        given_up, self._postponed = self._postponed, 0
+        for consumer in self._consumers:
+            given_up += len(consumer.lane.clear())
+            consumer.lane = type(consumer.lane)()
+            consumer.tokens = consumer.offered = 0
+            consumer.reader = None
+        self._pending = 0
+        if given_up:
+            self._counters.drop("shutdown", given_up)
+        self._changed.notify_all()
+
     # -- what a subclass's workers do -------------------------------------------------------
 
-    def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
-        """Have one burst of *consumer* handled soon; see `_begin` for *batch*."""
+    def _start(self, turn: Turn) -> None:
+        """Have one burst handled soon."""
         raise NotImplementedError
 
     def _over(self, delivery: Delivery) -> None:
@@ -221,25 +275,43 @@ class Dispatcher:
         return delay
 
     def _postpone(
-        self, consumer: Consumer, done: list[Delivery], rest: list[Delivery], handled: int, delay: float
+        self, turn: Turn, done: list[Delivery], rest: list[Delivery], handled: int, delay: float
     ) -> None:
         """Go on with the rest of a burst later, with the same token: its lane waits, so order is kept."""
         with self._changed:
             self._handled += handled
-            self._pending -= len(done)
-            self._changed.notify_all()
-        self.timer.call_later(delay, lambda: self._start(consumer, rest))
+            if turn.life == self._life:
+                self._pending -= len(done)
+                self._postponed += len(rest)
+                # Under the lock: no timer is started once `stop` has ended it.
+                self.timer.call_later(delay, lambda: self._resume(attrs.evolve(turn, postponed=rest)))
+                self._changed.notify_all()
+                return
+        self._counters.drop("shutdown", len(rest))
 
-    def _take(self, consumer: Consumer) -> list[Delivery]:
+    def _resume(self, turn: Turn) -> None:
         with self._lock:
+            if turn.life != self._life:
+                return
+            self._postponed -= len(turn.postponed or ())
+        self._start(turn)
+
+    def _take(self, turn: Turn) -> list[Delivery]:
+        consumer = turn.consumer
+        with self._lock:
+            if turn.life != self._life:
+                return []
             consumer.offered -= 1
             alone = consumer.limit > 1 or consumer.recovery.timeout is not None
             return consumer.lane.take(1 if alone else consumer.burst)
 
-    def _finish(self, consumer: Consumer, batch: list[Delivery], handled: int, duration: float) -> bool:
+    def _finish(self, turn: Turn, batch: list[Delivery], handled: int, duration: float) -> bool:
         """Account for a burst; True when the consumer has more for the same token."""
+        consumer = turn.consumer
         with self._changed:
             self._handled += handled
+            if turn.life != self._life:
+                return False
             self._pending -= len(batch)
             if batch:
                 consumer.lane.finish(batch)
@@ -251,62 +323,90 @@ class Dispatcher:
             if len(consumer.lane) and not consumer.closed:
                 consumer.offered += 1
                 return True
-            if consumer.limit:
-                consumer.tokens -= 1
+            consumer.tokens -= 1
             return False
 
-    def _begin(self, consumer: Consumer, postponed: list[Delivery] | None) -> Burst:
-        """What a worker does next: what had to wait for a retry, or what waits in the lane."""
-        return Burst(self, consumer, self._take(consumer) if postponed is None else postponed)
+    def _begin(self, turn: Turn) -> Burst:
+        """What a worker does next."""
+        return Burst(self, turn, self._take(turn) if turn.postponed is None else turn.postponed)
 
     # -- iterators --------------------------------------------------------------------------
 
-    def next(self, consumer: Consumer, timeout: float | None) -> Delivery | None:
+    def next(self, consumer: Consumer, timeout: float | None) -> Taken | None:
         """Take one delivery for an iterator; None once the consumer is removed, or nothing more comes.
 
         Raises:
             TimeoutError: Nothing came in time.
         """
         with self._changed:
+            consumer.reader = threading.current_thread()
             if not self._changed.wait_for(
                 lambda: len(consumer.lane) or consumer.closed or self.stopping, timeout
             ):
+                consumer.reader = None
                 raise TimeoutError("no message came in time")
             return self._next(consumer)
 
-    def next_nowait(self, consumer: Consumer) -> Delivery | None:
-        """Take one delivery if there is one."""
+    def next_nowait(self, consumer: Consumer, reader: object) -> Taken | None:
+        """Take one delivery if there is one; *reader* is the task that asks, and waits for it if not."""
         with self._lock:
+            consumer.reader = reader
             return self._next(consumer)
 
-    def _next(self, consumer: Consumer) -> Delivery | None:
+    def _next(self, consumer: Consumer) -> Taken | None:
         batch = consumer.lane.take(1)
-        return batch[0] if batch else None
+        if not batch:
+            return None
+        consumer.tokens += 1
+        return Taken(Turn(consumer, self._life), batch[0])
 
-    def finished(self, consumer: Consumer, delivery: Delivery) -> None:
+    def finished(self, taken: Taken) -> None:
         """What `next` returned is handled."""
-        self._finish(consumer, [delivery], 1, 0.0)
-        self._over(delivery)
+        self._finish(taken.turn, [taken.delivery], 1, 0.0)
+        self._over(taken.delivery)
+
+    def left_alone(self, consumer: Consumer) -> None:
+        """Nobody asks an iterator for the next delivery any more."""
+        with self._changed:
+            consumer.reader = None
+            self._changed.notify_all()
+
+
+@attrs.frozen
+class Taken:
+    """What an iterator has handed out."""
+
+    turn: Turn
+    delivery: Delivery
+
+
+def _has_left(reader: Any) -> bool:
+    """Whether a thread or task, or nobody, will never ask for the next delivery."""
+    if isinstance(reader, threading.Thread):
+        return not reader.is_alive()
+    return reader is None or reader.done()
 
 
 class Burst:
     """The deliveries that a worker handles in one go, and how they came out."""
 
-    def __init__(self, dispatcher: Dispatcher, consumer: Consumer, batch: list[Delivery]) -> None:
-        self._dispatcher = dispatcher
-        self._consumer = consumer
+    def __init__(self, dispatcher: Dispatcher, turn: Turn, batch: list[Delivery]) -> None:
+        self.dispatcher = dispatcher
+        self.size = len(batch)
+        self._turn = turn
+        self._consumer = turn.consumer
         self._batch = batch
         self._index = 0
         self._handled = 0
         self._postponed = False
         self._started = time.monotonic()
-        in_work.set(len(batch))
+        _in_work.set(self)
 
     def __iter__(self) -> Iterator[Delivery]:
         """What is to be handled, one after the other; say how each `came_out`."""
-        dispatcher, batch = self._dispatcher, self._batch
+        dispatcher, batch = self.dispatcher, self._batch
         for self._index, delivery in enumerate(batch):
-            if dispatcher.stopping:
+            if self._turn.life != dispatcher._life:
                 # Not done, so not acknowledged: the broker delivers it to the next session.
                 dispatcher._counters.drop("shutdown", len(batch) - self._index)
                 return
@@ -319,7 +419,7 @@ class Burst:
 
     def came_out(self, delivery: Delivery, outcome: Outcome) -> None:
         """Acknowledge, retry or bury."""
-        dispatcher = self._dispatcher
+        dispatcher = self.dispatcher
         if outcome is Outcome.HANDLED or outcome is Outcome.SKIPPED:
             self._handled += outcome is Outcome.HANDLED
             if delivery.done():
@@ -329,7 +429,7 @@ class Burst:
         if delay is not None:
             self._postponed = True
             done, rest = self._batch[: self._index], self._batch[self._index :]
-            dispatcher._postpone(self._consumer, done, rest, self._handled, delay)
+            dispatcher._postpone(self._turn, done, rest, self._handled, delay)
 
     def give_back(self, delay: float) -> None:
         """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
@@ -338,12 +438,12 @@ class Burst:
         done, rest = batch[: index + 1], batch[index + 1 :]
         if rest and not self._postponed:
             self._postponed = True
-            self._dispatcher._postpone(self._consumer, done, rest, self._handled, delay)
+            self.dispatcher._postpone(self._turn, done, rest, self._handled, delay)
 
     def finish(self) -> bool:
         """Account for it; True when the consumer has more for the same worker."""
-        in_work.set(0)
+        _in_work.set(None)
         duration = time.monotonic() - self._started
-        return not self._postponed and self._dispatcher._finish(
-            self._consumer, self._batch, self._handled, duration
+        return not self._postponed and self.dispatcher._finish(
+            self._turn, self._batch, self._handled, duration
         )

@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from tars_mqtt._core.aside import Start
-from tars_mqtt._core.dispatch import Consumer, Dispatcher, in_work
+from tars_mqtt._core.dispatch import Consumer, Dispatcher, Taken
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.lane import Fifo, Keyed
@@ -189,32 +189,34 @@ class Engine:
                 with contextlib.suppress(TarsMQTTError):
                     receipt.result(max(0.0, deadline - time.monotonic()))
 
-    def shutdown(self, timeout: float, own: int | None = None) -> None:
+    def shutdown(self, timeout: float, own: int | None = None, reader: object = None) -> None:
         """Finish the work, flush, say goodbye, join every thread.
 
         Args:
-            own: See `in_work`; for a caller on another thread or task than the one that asked.
+            own: See `Dispatcher.own_work`; for a caller on another thread or task than the one that asked.
+            reader: See `Dispatcher.wait_idle`; this thread unless given.
         """
         self.check()
-        own = in_work.get() if own is None else own
+        own = self.dispatcher.own_work() if own is None else own
         if own and self._shutting_down.locked():
             return  # whoever shuts down waits for this very handler
         if not self._shutting_down.acquire(timeout=timeout):
             return
         try:
             if self.state.value is not ConnectionState.CLOSED:
-                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, own)
+                reader = reader or threading.current_thread()
+                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, own, reader)
         finally:
             self._shutting_down.release()
 
-    def _shutdown(self, deadline: float, reserve: float, own: int) -> None:
+    def _shutdown(self, deadline: float, reserve: float, own: int, reader: object) -> None:
         def left(kept: float = 0.0) -> float:
             return max(0.0, deadline - kept - time.monotonic())
 
         extra = {"client_id": self.config.client_id}
         self.state.set(ConnectionState.CLOSING)
         self._session.inbound.close()
-        if not self.dispatcher.wait_idle(left(2 * reserve), own):
+        if not self.dispatcher.wait_idle(left(2 * reserve), own, reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
         self._outbound.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.running:
@@ -227,6 +229,9 @@ class Engine:
             logger.warning("shutdown: the broker did not acknowledge %d messages in time", lost, extra=extra)
         for name in self.dispatcher.stop(left()):
             logger.warning("shutdown: the handler on thread %s does not return", name, extra=extra)
+        for registration in self._registry.registrations():
+            if registration.consumer.handle is None:
+                self.unregister(registration)  # nobody would take what comes after a later `connect`
         self.state.set(ConnectionState.CLOSED)
         logger.info("shut down", extra=extra)
 
@@ -405,14 +410,28 @@ class Engine:
 
     def unregister(self, registration: Registration) -> Future[None]:
         """Remove a subscription; what waits for its handler is given up."""
+        self.check()
         waiter: Future[None] = Future()
         entry = self._registry.remove(registration)
         self.dispatcher.remove(registration.consumer)
-        if entry is None or not self._session.running:
+        if entry is None:
             waiter.set_result(None)
-        else:
+        elif self._session.running:
             self._session.unsubscribe(entry, waiter)
+        else:
+            self._session.forget(entry)
+            waiter.set_result(None)
         return waiter
+
+    def abandon(self, registration: Registration, taken: Taken | None) -> None:
+        """Nobody refers to an iterator any more. Takes no lock: the collector may call at any point."""
+        if not registration.consumer.closed and not self._forked:
+            self._session.call(lambda: self._abandoned(registration, taken))
+
+    def _abandoned(self, registration: Registration, taken: Taken | None) -> None:
+        if taken is not None:
+            self.dispatcher.finished(taken)
+        self.unregister(registration)
 
     # -- looking ----------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class Registration:
 class FilterEntry:
     """One filter as the broker knows it: several registrations may share it.
 
-    The last three are owned by the network thread.
+    The last four are owned by the network thread.
     """
 
     topic_filter: str
@@ -45,6 +45,8 @@ class FilterEntry:
     qos: int
     session: int = 0
     """The broker's session in which it was last acknowledged."""
+    asked: bool = False
+    """Whether the broker was ever asked for it."""
     replay: tuple[Registration, ...] = ()
     """Who gets the retained messages that the last SUBSCRIBE brought."""
     identified: bool = False
@@ -100,6 +102,10 @@ class Registry:
             self.router = self.router.remove(entry.topic_filter)
             self._identifiers.discard(entry.identifier)
             return entry
+
+    def registrations(self) -> list[Registration]:
+        """All registrations."""
+        return [registration for entry in self.router for registration in entry.registrations]
 
     def entries(self) -> list[FilterEntry]:
         """All filters, in the order of their first registration."""

@@ -168,13 +168,18 @@ class Session:
 
     def subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         """Have the broker asked for a filter; *waiter* is told the answer."""
-        self._call(lambda: self._subscribe(entry, registration, waiter))
+        self.call(lambda: self._subscribe(entry, registration, waiter))
 
     def unsubscribe(self, entry: FilterEntry, waiter: Future[None]) -> None:
         """Have the broker told that a filter is not needed any more; *waiter* is told the answer."""
-        self._call(lambda: self._subscriber.unsubscribe(entry, waiter))
+        self.call(lambda: self._subscriber.unsubscribe(entry, waiter))
 
-    def _call(self, command: Callable[[], None]) -> None:
+    def forget(self, entry: FilterEntry) -> None:
+        """While there is no network thread: have the broker told of it on the next connection."""
+        self._subscriber.forget(entry)
+
+    def call(self, command: Callable[[], None]) -> None:
+        """Have *command* run on the network thread, now or when there is one again. Takes no lock."""
         self._commands.append(command)
         self.transport.wake()
 

@@ -96,14 +96,19 @@ class Subscriber:
         if self._registry.router.get(entry.topic_filter) is not None:
             _settle(waiter, None)  # somebody needs it again
         elif not self._connected:
-            self._stale.add(entry.topic_filter)
+            self.forget(entry)
             _settle(waiter, None)
         else:
             try:
                 self._leaving[self._transport.unsubscribe(entry.topic_filter)] = waiter
             except ConnectionLostError:
-                self._stale.add(entry.topic_filter)
+                self.forget(entry)
                 _settle(waiter, None)
+
+    def forget(self, entry: FilterEntry) -> None:
+        """The broker may still have a filter that nobody needs: tell it when there is a connection."""
+        if entry.asked:
+            self._stale.add(entry.topic_filter)
 
     def on_suback(self, answer: Suback) -> None:
         """Take the broker's answer; one to a direct use of paho's client is none of ours."""
@@ -135,6 +140,7 @@ class Subscriber:
 
     def _ask(self, entry: FilterEntry, newcomers: tuple[Registration, ...]) -> None:
         entry.session = 0
+        entry.asked = True
         entry.replay = newcomers
         packet_id = self._transport.subscribe(
             entry.topic_filter, entry.qos, entry.identifier if self._identifiers else None

@@ -10,26 +10,18 @@ from collections.abc import Callable
 
 import attrs
 
-from tars_mqtt._core.dispatch import Consumer, Dispatcher
+from tars_mqtt._core.dispatch import Dispatcher, Turn
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.stats import Counters
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
 
-@attrs.frozen
-class Turn:
-    """A consumer's turn with a worker; see `Dispatcher._begin` for what is postponed."""
-
-    consumer: Consumer
-    postponed: list[Delivery] | None = None
-
-
 @attrs.define(eq=False)
 class Watch:
     """One call of a handler that has a time limit. Guarded by the pool's lock."""
 
-    consumer: Consumer
+    turn: Turn
     delivery: Delivery
     thread: threading.Thread
     returned: bool = False
@@ -75,14 +67,14 @@ class WorkerPool(Dispatcher):
             self._threads = set()
             self._busy = 0
             self.stopping = False
-            for consumer in self._consumers:
-                consumer.tokens = consumer.offered = 0
 
-    def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
+    def _start(self, turn: Turn) -> None:
         with self._lock:
+            if turn.life != self._life:
+                return
             self._busy += 1
             thread = self._another_thread()
-        self._ready.put(Turn(consumer, batch))
+        self._ready.put(turn)
         if thread is not None:
             thread.start()
 
@@ -117,30 +109,33 @@ class WorkerPool(Dispatcher):
         consumer = turn.consumer
         handle, timeout = consumer.handle, consumer.recovery.timeout
         assert handle is not None
-        burst = self._begin(consumer, turn.postponed)
+        burst = self._begin(turn)
         for delivery in burst:
             if timeout is None:
                 outcome = handle(delivery)
             else:
-                watch = self._watch(consumer, delivery, timeout)
+                watch = self._watch(turn, delivery, timeout)
                 outcome = handle(delivery)
                 if self._expired(watch):
                     return  # dealt with, and this thread replaced
             burst.came_out(delivery, outcome)
         if burst.finish():
-            ready.put(Turn(consumer))
+            ready.put(Turn(consumer, turn.life))
         else:
-            self._idle()
+            self._idle(turn)
 
-    def _idle(self) -> None:
+    def _idle(self, turn: Turn) -> None:
         with self._lock:
-            self._busy -= 1
+            if turn.life == self._life:
+                self._busy -= 1
 
     # -- handlers with a time limit -----------------------------------------------------------
 
-    def _watch(self, consumer: Consumer, delivery: Delivery, timeout: float) -> Watch:
-        watch = Watch(consumer, delivery, threading.current_thread())
-        self.timer.call_later(timeout, lambda: self._expire(watch, timeout))
+    def _watch(self, turn: Turn, delivery: Delivery, timeout: float) -> Watch:
+        watch = Watch(turn, delivery, threading.current_thread())
+        with self._lock:
+            if turn.life == self._life:
+                self.timer.call_later(timeout, lambda: self._expire(watch, timeout))
         return watch
 
     def _expired(self, watch: Watch) -> bool:
@@ -151,7 +146,7 @@ class WorkerPool(Dispatcher):
     def _expire(self, watch: Watch, timeout: float) -> None:
         """The time is up: treat the message as failed, and go on without the thread. Timer thread."""
         with self._lock:
-            if watch.returned or self.stopping:
+            if watch.returned or watch.turn.life != self._life:
                 return
             if len(self._stuck) >= self._workers:
                 # No thread can take the place of this one: look again later.
@@ -165,31 +160,26 @@ class WorkerPool(Dispatcher):
             successor = self._another_thread()
         if successor is not None:
             successor.start()
-        self._go_on_without(watch.consumer, watch.delivery, timeout)
+        self._go_on_without(watch.turn, watch.delivery, timeout)
 
-    def _go_on_without(self, consumer: Consumer, delivery: Delivery, timeout: float) -> None:
+    def _go_on_without(self, turn: Turn, delivery: Delivery, timeout: float) -> None:
         """Treat *delivery* as failed, and have the rest of its lane handled, though its handler goes on."""
+        consumer = turn.consumer
         assert consumer.handle is not None
         outcome = consumer.handle.timed_out(delivery, timeout)
         self._tell_stuck(delivery.message.topic)
         delay = self._after_failure(consumer, delivery, outcome)
         if delay is not None:
-            self._postpone(consumer, [], [delivery], 0, delay)
-        elif self._finish(consumer, [delivery], 0, timeout):
-            self._start(consumer)
+            self._postpone(turn, [], [delivery], 0, delay)
+        elif self._finish(turn, [delivery], 0, timeout):
+            self._start(Turn(consumer, turn.life))
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
         with self._changed:
-            self.stopping = True
+            self._end_life()
             threads = (self._threads | self._stuck) - {threading.current_thread()}
-            for consumer in self._consumers:
-                left = consumer.lane.clear()
-                self._pending -= len(left)
-                if left:
-                    self._counters.drop("shutdown", len(left))
-            iterators = [consumer.arrived for consumer in self._consumers if consumer.arrived is not None]
-            self._changed.notify_all()
+            iterators = [consumer.arrived for consumer in self._iterators if consumer.arrived is not None]
         self.timer.stop()
         for arrived in iterators:
             arrived()

@@ -15,7 +15,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from tars_mqtt._core.dispatch import in_work
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.option import HandlerOptions
@@ -143,10 +142,9 @@ class MQTTClient:
             self._stop.set()
         limit = seconds(timeout, self.config.shutdown_timeout)
         self._dispatcher.spared = handler_task.get()
+        own = self._dispatcher.own_work(), asyncio.current_task()
         try:
-            await _to_the_end(
-                self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, in_work.get())
-            )
+            await _to_the_end(self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, *own))
         finally:
             self._release_executor()
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from tars_mqtt._core.aside import on_a_thread
-from tars_mqtt._core.dispatch import Burst, Consumer
+from tars_mqtt._core.dispatch import Burst, Turn
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
@@ -133,68 +133,73 @@ class LoopDispatcher(WorkerPool):
         self._tasks: set[asyncio.Task[None]] = set()
         self._stuck_tasks: set[asyncio.Task[None]] = set()
 
-    def _start(self, consumer: Consumer, batch: list[Delivery] | None = None) -> None:
-        if isinstance(consumer.handle, CoroutineCall):
-            self._bridge.post(lambda: self._spawn(consumer, batch))
+    def _start(self, turn: Turn) -> None:
+        if isinstance(turn.consumer.handle, CoroutineCall):
+            self._bridge.post(lambda: self._spawn(turn))
         else:
-            super()._start(consumer, batch)
+            super()._start(turn)
 
-    def _spawn(self, consumer: Consumer, batch: list[Delivery] | None) -> None:
+    def _spawn(self, turn: Turn) -> None:
         assert self._bridge.loop is not None
-        task = self._bridge.loop.create_task(
-            self._serve(consumer, batch), name=f"tars-mqtt/{self._client_id}/handler"
-        )
+        task = self._bridge.loop.create_task(self._serve(turn), name=f"tars-mqtt/{self._client_id}/handler")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, consumer: Consumer, postponed: list[Delivery] | None) -> None:
+    async def _serve(self, turn: Turn) -> None:
         handler_task.set(asyncio.current_task())
-        while await self._handle_burst(self._begin(consumer, postponed), consumer):
-            postponed = None
-            # A handler that never waits would keep the loop to itself.
-            await asyncio.sleep(0)
+        while await self._handle_burst(self._begin(turn), turn):
+            turn = Turn(turn.consumer, turn.life)
+            try:
+                # A handler that never waits would keep the loop to itself.
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                self._start_later(turn)
+                raise
 
-    async def _handle_burst(self, burst: Burst, consumer: Consumer) -> bool:
+    async def _handle_burst(self, burst: Burst, turn: Turn) -> bool:
         """Handle a burst; True when the consumer has more for the same task."""
-        call, timeout = consumer.handle, consumer.recovery.timeout
+        call, timeout = turn.consumer.handle, turn.consumer.recovery.timeout
         assert isinstance(call, CoroutineCall)
         watch: asyncio.TimerHandle | None = None
         try:
             for delivery in burst:
                 if timeout is not None:
-                    watch = self._watch_task(consumer, delivery, timeout)
+                    watch = self._watch_task(turn, delivery, timeout)
                 outcome = await call.run(delivery, timeout)
                 if self._given_up(watch):
                     return False
                 burst.came_out(delivery, outcome)
         except asyncio.CancelledError:
             if not self._given_up(watch):
-                self._cancelled(burst, consumer)
+                self._cancelled(burst, turn)
             raise
         return burst.finish()
 
-    def _cancelled(self, burst: Burst, consumer: Consumer) -> None:
+    def _cancelled(self, burst: Burst, turn: Turn) -> None:
         """A task ends early: by a shutdown, or by somebody else, at the cost of a message and not of the lane."""
-        if not self.stopping:
+        if turn.life == self._life:
             burst.give_back(_AFTER_CANCELLATION)
         if burst.finish():
-            self.timer.call_later(_AFTER_CANCELLATION, lambda: self._start(consumer))
+            self._start_later(Turn(turn.consumer, turn.life))
+
+    def _start_later(self, turn: Turn) -> None:
+        with self._lock:
+            if turn.life == self._life:
+                self.timer.call_later(_AFTER_CANCELLATION, lambda: self._start(turn))
 
     # -- coroutines that do not heed their cancellation -----------------------------------------
 
-    def _watch_task(self, consumer: Consumer, delivery: Delivery, timeout: float) -> asyncio.TimerHandle:
+    def _watch_task(self, turn: Turn, delivery: Delivery, timeout: float) -> asyncio.TimerHandle:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         assert task is not None
         # The time limit itself cancels; whoever is still there after as long again will not leave.
-        return loop.call_later(2 * timeout, self._give_up_task, task, consumer, delivery, timeout)
+        return loop.call_later(2 * timeout, self._give_up_task, task, turn, delivery, timeout)
 
-    def _give_up_task(
-        self, task: asyncio.Task[None], consumer: Consumer, delivery: Delivery, timeout: float
-    ) -> None:
-        if not self.stopping:
+    def _give_up_task(self, task: asyncio.Task[None], turn: Turn, delivery: Delivery, timeout: float) -> None:
+        if turn.life == self._life:
             self._stuck_tasks.add(task)
-            self._go_on_without(consumer, delivery, timeout)
+            self._go_on_without(turn, delivery, timeout)
 
     def _given_up(self, watch: asyncio.TimerHandle | None) -> bool:
         """Whether the delivery has been dealt with, and the lane given to another task."""

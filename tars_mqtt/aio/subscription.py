@@ -7,8 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Self
 
-from tars_mqtt._core.dispatch import Consumer
-from tars_mqtt._core.lane import Delivery
+from tars_mqtt._core.dispatch import Consumer, Taken
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.message import Message
@@ -42,16 +41,20 @@ class Subscription(Registered):
 
 
 class MessageIterator(AsyncIterator[Message]):
-    """What `MQTTClient.messages` returns. An async context manager: leaving it unsubscribes."""
+    """What `MQTTClient.messages` returns. An async context manager: leaving it unsubscribes.
+
+    One that nobody refers to any more is closed, a loop that was left with ``break`` for instance.
+    """
 
     def __init__(self, client: MQTTClient, topic: str, qos: int) -> None:
         self._client = client
-        self._arrived = asyncio.Event()
+        self._arrived = arrived = asyncio.Event()
         self._registration = client._engine.register(topic, qos, None, None, {})
         self._consumer: Consumer = self._registration.consumer
-        self._consumer.arrived = lambda: client._bridge.post(self._arrived.set)
+        # Refers to the event alone: an iterator that is left alone can be collected.
+        self._consumer.arrived = lambda: client._bridge.post(arrived.set)
         self._subscription: Subscription | None = None
-        self._current: Delivery | None = None
+        self._current: Taken | None = None
 
     async def __anext__(self) -> Message:
         message = await self.next(None)
@@ -65,19 +68,24 @@ class MessageIterator(AsyncIterator[Message]):
         Raises:
             TimeoutError: None came in time.
         """
+        self._client._on_loop()
         self._finish_current()
         if self._subscription is None:
             await self._open()
-        dispatcher = self._client._engine.dispatcher
-        async with asyncio.timeout(seconds(timeout, 0.0)):
-            while True:
-                self._arrived.clear()
-                self._current = dispatcher.next_nowait(self._consumer)
-                if self._current is not None:
-                    return self._current.message
-                if self._consumer.closed or dispatcher.stopping:
-                    return None
-                await self._arrived.wait()
+        dispatcher, reader = self._client._engine.dispatcher, asyncio.current_task()
+        try:
+            async with asyncio.timeout(seconds(timeout, 0.0)):
+                while True:
+                    self._arrived.clear()
+                    self._current = dispatcher.next_nowait(self._consumer, reader)
+                    if self._current is not None:
+                        return self._current.delivery.message
+                    if self._consumer.closed or dispatcher.stopping:
+                        return None
+                    await self._arrived.wait()
+        except BaseException:
+            dispatcher.left_alone(self._consumer)
+            raise
 
     async def _open(self) -> None:
         self._subscription = await self._client._subscribed(self._registration, DEFAULT)
@@ -85,7 +93,7 @@ class MessageIterator(AsyncIterator[Message]):
     def _finish_current(self) -> None:
         current, self._current = self._current, None
         if current is not None:
-            self._client._engine.dispatcher.finished(self._consumer, current)
+            self._client._engine.dispatcher.finished(current)
 
     async def close(self) -> None:
         """Acknowledge the last message, and unsubscribe."""
@@ -99,3 +107,7 @@ class MessageIterator(AsyncIterator[Message]):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_current"):  # not where the filter was malformed
+            self._client._engine.abandon(self._registration, self._current)

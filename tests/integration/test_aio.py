@@ -591,3 +591,24 @@ async def test_shutdown_ends_the_iteration(broker: Broker) -> None:
     await asyncio.sleep(0.05)
     await client.shutdown()
     assert await asyncio.wait_for(task, 5) == 0
+
+
+async def test_shutdown_lets_a_reader_finish_what_it_has(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "me", **QUICK)
+    await client.connect()
+    taken, payloads = asyncio.Event(), []
+
+    async def read() -> None:
+        async for message in client.messages("a", 1):
+            taken.set()
+            await asyncio.sleep(0.2)
+            payloads.append(message.payload)
+
+    await client.publish("a", b"0", qos=1, retain=True)
+    reading = asyncio.create_task(read())
+    await taken.wait()
+    await client.publish("a", b"1", qos=1)
+    await client.shutdown()
+    await reading
+    assert payloads == [b"0", b"1"]
+    await until(lambda: broker.log.count("Received PUBACK from me") == 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -120,6 +121,25 @@ def test_after_unsubscribe_nobody_is_called(make_client, broker: Broker) -> None
     eventually(lambda: others == [b"1", b"2"])
     assert stopped == [b"1"]
     assert not subscription.active
+
+
+def test_what_is_unsubscribed_while_away_is_not_kept_by_the_broker(make_client, broker: Broker) -> None:
+    """It would go on giving us our share of a group, and nobody would handle that."""
+    received: list[bytes] = []
+    other = make_client(broker.url)
+    other.subscribe("$share/group/work", received.append, 1)
+    other.connect()
+    client = make_client(broker.url, "me")
+    subscription = client.subscribe("$share/group/work", received.append, 1)
+    client.connect()
+    client.disconnect()
+    subscription.unsubscribe()
+    client.connect()
+    eventually(lambda: "Received UNSUBSCRIBE from me" in broker.log)
+    expected = [b"%d" % number for number in range(10)]
+    for payload in expected:
+        other.publish("work", payload, qos=1)
+    eventually(lambda: received == expected)
 
 
 def test_a_refused_subscription_raises_and_is_not_kept(make_client, make_broker, tmp_path) -> None:
@@ -567,3 +587,23 @@ def test_messages_are_iterated_and_acknowledged_when_the_next_is_asked_for(make_
         assert [packet.packet_id for packet in broker.wait_for(PacketType.PUBACK)] == [1]
         messages.close()
         broker.wait_for(PacketType.PUBACK, 2)
+
+
+def test_an_iterator_that_is_left_half_way_is_closed(make_client, broker: Broker) -> None:
+    """It would hold up the acknowledgements of all that comes after what it holds."""
+    received: list[bytes] = []
+    client = make_client(broker.url, "me")
+    client.subscribe("b", received.append, 1)
+    client.connect()
+    client.publish("a", "kept", qos=1, retain=True)
+    for _ in client.messages("a", 1):
+        break
+
+    def is_closed() -> bool:
+        gc.collect()
+        return client.stats().pending == 0
+
+    eventually(is_closed)
+    eventually(lambda: "Received UNSUBSCRIBE from me" in broker.log)
+    client.publish("b", "next", qos=1)
+    eventually(lambda: received and broker.log.count("Received PUBACK from me") == 2)

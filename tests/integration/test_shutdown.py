@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tars_mqtt import ClosedError, ConnectionState
+from tars_mqtt import ClosedError, ConnectionState, MQTTClient
 from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, eventually
 from tests.support.port import HOST, free_port
 from tests.support.thread import in_thread
@@ -323,3 +323,164 @@ def test_wait_connected_gives_up_when_the_client_is_shut_down(make_client):
     client = make_client(f"mqtt://{HOST}:{free_port()}")
     client.shutdown()
     assert client.wait_connected(0.1) is False
+
+
+# -- and then connect again ---------------------------------------------------------------------
+
+
+def test_the_subscription_of_a_handler_left_behind_works_again_after_connect(
+    make_client, shared_broker, unique
+):
+    """In order and one at a time, also when the old call returns at last."""
+    release, seen, running = threading.Event(), [], []
+
+    def handler(payload) -> None:
+        if payload == b"stuck":
+            seen.append(payload)
+            release.wait()
+            return
+        running.append(payload)
+        time.sleep(0.01)
+        assert len(running) == 1
+        running.remove(payload)
+        seen.append(payload)
+
+    client = make_client(shared_broker.url)
+    client.subscribe(unique, handler)
+    client.connect()
+    client.publish(unique, "stuck")
+    eventually(lambda: seen)
+    shut_down_in_time(client, 0.5)
+    client.connect()
+    release.set()
+    time.sleep(0.2)  # the old call returns: nothing tells when
+    expected = [b"%d" % number for number in range(10)]
+    for payload in expected:
+        client.publish(unique, payload)
+        eventually(lambda payload=payload: payload in seen)
+    for payload in expected:
+        client.publish(unique, payload)
+    eventually(lambda: seen == [b"stuck", *expected, *expected])
+
+
+@pytest.mark.parametrize("order_by", [None, "topic"])
+def test_what_waits_for_a_retry_is_counted_and_given_up(make_client, shared_broker, unique, order_by):
+    """Its subscription and its key go on after a connect, and the next shutdown does not wait for it."""
+    attempts = []
+
+    def handler(payload) -> None:
+        attempts.append(payload)
+        if payload == b"bad":
+            raise ValueError("bad")
+
+    client = make_client(shared_broker.url)
+    client.subscribe(unique, handler, retries=3, retry_delay=60, order_by=order_by)
+    client.connect()
+    client.publish(unique, "bad")
+    eventually(lambda: client.stats().handler_retries)
+    shut_down_in_time(client, 0.5)
+    assert client.stats().dropped == {"shutdown": 1}
+    assert client.stats().pending == 0
+    client.connect()
+    client.publish(unique, "good")
+    eventually(lambda: attempts == [b"bad", b"good"])
+    assert shut_down_in_time(client, 10) < 5
+
+
+def test_a_handler_that_fails_after_the_shutdown_starts_nothing(
+    make_client, shared_broker, unique, leak_check
+):
+    """No thread to try it again."""
+    release, started = threading.Event(), threading.Event()
+
+    def handler(_) -> None:
+        started.set()
+        release.wait()
+        raise ValueError("late")
+
+    client = make_client(shared_broker.url)
+    client.subscribe(unique, handler, retries=3, retry_delay=0.01)
+    client.connect()
+    client.publish(unique, "x")
+    assert started.wait(5)
+    client.shutdown(timeout=0.5)
+    release.set()
+    eventually(lambda: client.stats().handler_failures)
+    leak_check.assert_clean()
+
+
+def test_a_handler_that_shuts_another_client_down_lets_its_handlers_finish(
+    make_client, shared_broker, unique
+):
+    one, other = make_client(shared_broker.url), make_client(shared_broker.url)
+    started, order = threading.Event(), []
+
+    def slow(_) -> None:
+        started.set()
+        time.sleep(0.5)
+        order.append("handled")
+
+    def end_other(_) -> None:
+        other.shutdown()
+        order.append("shut down")
+
+    one.subscribe(f"{unique}/end", end_other)
+    other.subscribe(f"{unique}/work", slow)
+    one.connect()
+    other.connect()
+    other.publish(f"{unique}/work", "x")
+    assert started.wait(5)
+    one.publish(f"{unique}/end", "x")
+    eventually(lambda: order == ["handled", "shut down"])
+
+
+# -- iterators ------------------------------------------------------------------------------------
+
+
+def test_shutdown_does_not_wait_for_what_nobody_reads(make_client, shared_broker, unique):
+    """Neither for the message in the hands of its caller, nor for those behind it."""
+    client = make_client(shared_broker.url)
+    client.connect()
+    messages = client.messages(unique, 1).__enter__()
+    for _ in range(3):
+        client.publish(unique, "x", qos=1)
+    next(messages)
+    eventually(lambda: client.stats().messages_in == 3)
+    assert shut_down_in_time(client, 10) < 5
+
+
+def test_shutdown_lets_a_reader_finish_what_it_has(broker):
+    """What it asks for next tells that the last one is done: it is acknowledged."""
+    client = MQTTClient(broker.url, "me")
+    client.connect()
+    messages = client.messages("a", 1)
+    taken = threading.Event()
+
+    def read() -> list[bytes]:
+        payloads = []
+        for message in messages:
+            taken.set()
+            time.sleep(0.2)
+            payloads.append(message.payload)
+        return payloads
+
+    reading = in_thread(read)
+    for number in range(3):
+        client.publish("a", b"%d" % number, qos=1)
+    assert taken.wait(5)
+    client.shutdown()
+    assert reading.result(5) == [b"0", b"1", b"2"]
+    eventually(lambda: broker.log.count("Received PUBACK from me") == 3)
+
+
+def test_an_iteration_that_a_shutdown_ended_takes_nothing_any_more(make_client, broker):
+    """Its filter is given back at the next connect: nothing waits for a reader who has gone."""
+    client = make_client(broker.url, "me")
+    client.connect()
+    messages = client.messages("a", 1).__enter__()
+    client.shutdown()
+    client.connect()
+    eventually(lambda: "Received UNSUBSCRIBE from me" in broker.log)
+    client.publish("a", "x", qos=1)
+    assert list(messages) == []
+    assert client.stats().pending == 0
