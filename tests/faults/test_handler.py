@@ -31,8 +31,6 @@ class Catastrophe(BaseException):
         GeneratorExit,
         Catastrophe,
         asyncio.CancelledError,
-        MemoryError,
-        StopIteration,
     ],
 )
 def test_whatever_a_handler_raises_ends_with_it(make_client, broker: Broker, kind, caplog) -> None:
