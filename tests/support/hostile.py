@@ -135,6 +135,7 @@ def besiege(
         max_pending=max_pending,
         max_payload_bytes=max_payload_bytes,
         keepalive=65_535,
+        connect_timeout=10_000.0,  # how long it takes is the machine's doing
     )
     engine = Engine(
         config, lambda config, counters, wake, _: Handlers(config.max_pending, counters, wake, "")
