@@ -61,12 +61,15 @@ class MessageDeduplicator:
 
     def keep(self, key: Hashable) -> None:
         """The key is handled: remember it."""
+        self._keep(key)
+
+    def _keep(self, key: Hashable) -> Hashable | None:
+        """Remember a key; returns the one that is forgotten for it."""
         with self._lock:
             self._claimed.discard(key)
             self._kept[key] = self._clock() + self._ttl
             self._kept.move_to_end(key)
-            if len(self._kept) > self._max_entries:
-                self._kept.popitem(last=False)
+            return self._kept.popitem(last=False)[0] if len(self._kept) > self._max_entries else None
 
     def release(self, key: Hashable) -> None:
         """The handling failed: the next one may claim it."""
@@ -101,10 +104,10 @@ class DurableDeduplicator(MessageDeduplicator):
     def keep(self, key: Hashable) -> None:
         """The key is handled: remember it, on disk when this returns, so before the acknowledgement."""
         text = repr(key)
-        super().keep(text)
+        forgotten = self._keep(text)
         if self._outbox is not None:
             try:
-                self._outbox.remember(text, self._ttl)
+                self._outbox.remember(text, self._ttl, forgotten)
             except OutboxError as error:
                 logger.error("a redelivery after a restart will be handled again: %s", error)
 

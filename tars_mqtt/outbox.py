@@ -184,28 +184,30 @@ class Outbox:
 
     # -- what was handled ---------------------------------------------------------------------
 
-    def remember(self, key: str, ttl: float) -> None:
-        """Return when it is on disk that *key* was handled."""
+    def remember(self, key: str, ttl: float, instead_of: object = None) -> None:
+        """Return when it is on disk that *key* was handled, and that another key is not remembered any more."""
+        if instead_of is not None:
+            with self._lock:
+                self._writes.append(_Write("DELETE FROM seen WHERE key = ?", (instead_of,), lambda _: None))
         row = (key, self._wall_clock() + ttl)
         self._commit(_Write("INSERT OR REPLACE INTO seen VALUES (?, ?)", row, lambda _: None))
 
     def remembered(self, most: int) -> list[tuple[str, float]]:
-        """Up to *most* keys that are not expired, latest last, with the seconds that they have left."""
+        """Up to *most* keys that are not expired, latest last, with the seconds that they have left.
+
+        All others are deleted.
+        """
         now = self._wall_clock()
         with self._turn, self._reported():
             with self._connection:
                 self._connection.execute("BEGIN")
-                self._connection.execute("DELETE FROM seen WHERE expires_at <= ?", (now,))
-            rows = self._connection.execute(
-                "SELECT key, expires_at FROM seen ORDER BY expires_at DESC LIMIT ?", (most,)
-            ).fetchall()
-        return [(key, expires_at - now) for key, expires_at in reversed(rows)]
-
-    def forget_expired(self) -> None:
-        """Delete the keys whose time is over."""
-        with self._turn, self._reported(), self._connection:
-            self._connection.execute("BEGIN")
-            self._connection.execute("DELETE FROM seen WHERE expires_at <= ?", (self._wall_clock(),))
+                self._connection.execute(
+                    "DELETE FROM seen WHERE expires_at <= ?"
+                    " OR key NOT IN (SELECT key FROM seen ORDER BY expires_at DESC LIMIT ?)",
+                    (now, most),
+                )
+            rows = self._connection.execute("SELECT key, expires_at FROM seen ORDER BY expires_at").fetchall()
+        return [(key, expires_at - now) for key, expires_at in rows]
 
     # -- the file -----------------------------------------------------------------------------
 

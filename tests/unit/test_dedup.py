@@ -97,3 +97,15 @@ def test_what_was_kept_on_disk_is_known_after_a_restart(tmp_path: Path) -> None:
         if run == 0:
             seen.keep(("filter#1", "kept"))
         outbox.close()
+
+
+def test_the_file_remembers_no_more_keys_than_memory(tmp_path: Path) -> None:
+    """However long the process runs: what memory forgets for a new key, the file forgets as well."""
+    outbox = Outbox(tmp_path / "outbox")
+    seen = DurableDeduplicator(60, 3)
+    seen.attach(outbox)
+    for key in "abcdef":
+        assert seen.claim(key)
+        seen.keep(key)
+    assert {key for key, _ in outbox.remembered(100)} == {"'d'", "'e'", "'f'"}
+    outbox.close()

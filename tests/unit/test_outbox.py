@@ -183,3 +183,16 @@ def test_keys_are_remembered_for_their_time(path: Path) -> None:
     outbox = Outbox(path, wall_clock=lambda: now)
     assert outbox.remembered(10) == [("long", 50.0)]
     outbox.close()
+
+
+def test_of_more_keys_than_are_wanted_the_latest_stay(outbox: Outbox) -> None:
+    for ttl, key in enumerate("abcd", start=10):
+        outbox.remember(key, ttl)
+    assert [key for key, _ in outbox.remembered(2)] == ["c", "d"]
+    assert [key for key, _ in outbox.remembered(10)] == ["c", "d"]
+
+
+def test_a_key_may_take_the_place_of_another(outbox: Outbox) -> None:
+    outbox.remember("a", 10)
+    outbox.remember("b", 10, instead_of="a")
+    assert [key for key, _ in outbox.remembered(10)] == ["b"]
