@@ -13,12 +13,16 @@ from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.envelope import encode_event
 from tars_mqtt.errors import NotConnectedError, QueueFullError
 from tars_mqtt.message import PublishReceipt
-from tars_mqtt.payload import HealthPayload, HeartbeatPayload
+from tars_mqtt.payload import (
+    HEALTH_TYPE,
+    HEARTBEAT_TYPE,
+    HealthPayload,
+    HeartbeatPayload,
+    health_topic,
+    heartbeat_topic,
+)
 
 logger = logging.getLogger("tars_mqtt.health")
-
-HEALTH_TYPE = "health.status"
-HEARTBEAT_TYPE = "health.heartbeat"
 
 
 class Health:
@@ -33,8 +37,8 @@ class Health:
     def __init__(self, config: MQTTClientConfig, send: Callable[[Outgoing, bool, float], None]) -> None:
         self._config = config
         self._send = send
-        self._health_topic = f"system/health/{config.source_name}"
-        self._heartbeat_topic = f"system/keepalive/{config.source_name}"
+        self._health_topic = health_topic(config.source_name)
+        self._heartbeat_topic = heartbeat_topic(config.source_name)
         self._warned = False
         self._state: HealthPayload | None = None
         self._own: PublishReceipt | None = None

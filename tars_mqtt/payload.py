@@ -1,11 +1,22 @@
-"""The data of the events that a client publishes about itself."""
+"""The events that a client publishes about itself: where they go, and their data."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 import attrs
+
+HEALTH_TYPE: Final = "health.status"
+HEARTBEAT_TYPE: Final = "health.heartbeat"
+
+
+def health_topic(source_name: str) -> str:
+    return f"system/health/{source_name}"
+
+
+def heartbeat_topic(source_name: str) -> str:
+    return f"system/keepalive/{source_name}"
 
 
 @attrs.frozen

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from tars_mqtt.errors import TopicError
+from tars_mqtt.payload import health_topic, heartbeat_topic
 from tars_mqtt.topics import check_topic
 from tars_mqtt.url import parse_proxy, parse_urls
 
@@ -95,7 +96,8 @@ def source_name(value: object) -> str | None:
     if not {"/", "+", "#"}.isdisjoint(value):
         return "must be one topic level, without '/', '+', '#': set source_name, which else is the client_id"
     try:
-        check_topic(f"system/keepalive/{value}")  # the longest of the topics that it becomes part of
+        for topic in (health_topic(value), heartbeat_topic(value)):
+            check_topic(topic)
     except TopicError as error:
         return f"must fit into a topic: {error}"
     return None

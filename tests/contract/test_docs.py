@@ -417,6 +417,27 @@ def test_the_picture_of_the_house_shows_every_module():
     assert sorted(shown) == sorted([*modules, "tars_mqtt", "_core", "aio"])
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "internals").glob("*.md")), ids=name_of)
+def test_the_internals_name_what_there_is(page):
+    """``Class.name`` and the paths of files: what moves or goes must move or go there as well."""
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b([A-Z][a-z]\w+)\.(\w+)", text))
+    assert named - {pair for source in sources() for pair in names_in(source)} == set()
+    paths = re.findall(r"`((?:scripts|tests|docs)/[\w./]*)`", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def names_in(source: Path) -> Iterator[tuple[str, str]]:
+    """Class and name of each method and attribute that a module's classes define or use."""
+    for cls in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(cls, ast.ClassDef):
+            for node in ast.walk(cls):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield cls.name, node.name
+                elif isinstance(node, ast.Attribute):
+                    yield cls.name, node.attr
+
+
 def test_paho_is_imported_in_one_place_only():
     """As docs/internals/PAHO.md says."""
     pattern = re.compile(r"^\s*(import|from) paho", re.MULTILINE)
