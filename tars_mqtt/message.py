@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Self, TypeVar
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.timeout import seconds
 from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import AckTimeoutError, DecodeError
 
@@ -155,12 +156,10 @@ class PublishReceipt:
             AckTimeoutError: Nothing is known in time.
             concurrent.futures.CancelledError: The message was taken back.
         """
-        if self._state < _DONE and not self._wait(timeout):
-            raise AckTimeoutError(
-                f"no acknowledgement for the message to {self.topic!r} within {timeout:g} s; "
-                "it is still on its way, the receipt will tell",
-                self,
-            )
+        if self._state < _DONE:
+            limit = seconds(timeout, 0.0)
+            if not self._wait(limit):
+                raise not_acknowledged(self.topic, limit, self)
         if self._state == _CANCELLED:
             raise CancelledError(f"the message to {self.topic!r} was taken back")
         return self._error
@@ -169,13 +168,13 @@ class PublishReceipt:
     def _error(self) -> BaseException | None:
         return self._then if isinstance(self._then, BaseException) else None
 
-    def _wait(self, timeout: float | None) -> bool:
-        if timeout is not None and timeout <= 0:
+    def _wait(self, limit: float | None) -> bool:
+        if limit == 0:
             return False
         told = threading.Lock()
         told.acquire()
         self._add_done_callback(lambda _: told.release())
-        told.acquire(timeout=-1 if timeout is None else timeout)
+        told.acquire(timeout=-1 if limit is None else limit)
         return self.done()
 
     def __repr__(self) -> str:
@@ -221,3 +220,12 @@ class PublishReceipt:
             for callback in callbacks:
                 callback(self)
         return True
+
+
+def not_acknowledged(topic: str, limit: float | None, receipt: object) -> AckTimeoutError:
+    """What a wait of *limit* seconds ends with."""
+    return AckTimeoutError(
+        f"no acknowledgement for the message to {topic!r} within {limit:g} s; "
+        "it is still on its way, the receipt will tell",
+        receipt,
+    )

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Generator
 from typing import Any
 
+from tars_mqtt._core.timeout import seconds
 from tars_mqtt.aio.loop import Bridge
-from tars_mqtt.errors import AckTimeoutError
 from tars_mqtt.message import PublishReceipt as CoreReceipt
+from tars_mqtt.message import not_acknowledged
 
 
 class PublishReceipt:
@@ -69,21 +70,18 @@ class PublishReceipt:
         receipt = self._receipt
         if receipt.done():
             return
+        limit = seconds(timeout, 0.0)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         receipt._add_done_callback(lambda _: self._bridge.post(lambda: resolve(future)))
-        timer = None if timeout is None else loop.call_later(timeout, resolve, future)
+        timer = None if limit is None else loop.call_later(limit, resolve, future)
         try:
             await future
         finally:
             if timer is not None:
                 timer.cancel()
         if not receipt.done():
-            raise AckTimeoutError(
-                f"no acknowledgement for the message to {self.topic!r} within {timeout:g} s; "
-                "it is still on its way, the receipt will tell",
-                self,
-            )
+            raise not_acknowledged(self.topic, limit, self)
 
 
 def resolve(future: asyncio.Future[None]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import CancelledError
+from typing import Any
 
 import pytest
 
-from tars_mqtt import AckTimeoutError, ClosedError, DecodeError, Envelope, Message, PublishReceipt
+from tars_mqtt import AckTimeoutError, ClosedError, DecodeError, Envelope, Message, PublishReceipt, aio
+from tars_mqtt.aio.loop import Bridge
 from tests.support.wait import eventually
 
 
@@ -87,6 +90,34 @@ def test_it_can_be_taken_back_until_it_is_sent() -> None:
     with pytest.raises(CancelledError):
         unsent.result(0)
     assert sent._mark_sent(), "a repetition is no new message"
+
+
+@pytest.mark.parametrize("for_ever", [None, float("inf"), 1e12])
+def test_a_wait_may_be_as_long_as_you_like(for_ever: float | None) -> None:
+    """Longer than the operating system can count, for both clients' receipts."""
+    receipt = PublishReceipt("id", "a", 1)
+    settling = threading.Timer(0.05, receipt._settle)
+    settling.start()
+    assert receipt.result(for_ever) == "id"
+    settling.join()
+    assert asyncio.run(awaited(for_ever)) == "id"
+
+
+@pytest.mark.parametrize("wrong", ["3", -1, float("nan"), True])
+def test_a_wait_that_is_no_time_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="timeout must be a number of seconds"):
+        PublishReceipt("id", "a", 1).result(wrong)
+    with pytest.raises(ValueError, match="timeout must be a number of seconds"):
+        asyncio.run(awaited(wrong))
+
+
+async def awaited(timeout: Any) -> str | None:
+    """The result of a receipt that comes true while an event loop waits for it."""
+    bridge = Bridge()
+    bridge.bind(asyncio.get_running_loop())
+    receipt = PublishReceipt("id", "a", 1)
+    asyncio.get_running_loop().call_later(0.05, receipt._settle)
+    return await aio.PublishReceipt(receipt, bridge).result(timeout)
 
 
 def test_callbacks_are_called_once_whenever_they_come() -> None:
