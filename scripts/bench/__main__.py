@@ -27,8 +27,11 @@ Named = TypeVar("Named", Workload, Contender)
 
 def main() -> int:
     options = _options()
+    if options.processes:
+        print(_with_processes(options), end="")
+        return 0
     if options.report:
-        results, failures = Results.read(options.report), 0
+        results, failures = Results.merged(map(Results.read, options.report)), 0
     else:
         results, failures = _measure(options)
     if options.json:
@@ -54,7 +57,14 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--broker", metavar="LINE", action="append", default=[], help="for mosquitto.conf")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all measurements there")
-    parser.add_argument("--report", metavar="FILE", type=Path, help="measure nothing, show what --json wrote")
+    parser.add_argument(
+        "--report", metavar="FILE", type=Path, nargs="+", help="measure nothing, show what --json wrote"
+    )
+    parser.add_argument(
+        "--processes",
+        metavar="N,N",
+        help="measure only how throughput grows with so many processes that share a subscription",
+    )
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the main workloads there, as SVG")
     options = parser.parse_args()
     try:
@@ -76,6 +86,15 @@ def _options() -> argparse.Namespace:
             if contender.ours
         ]
     return options
+
+
+def _with_processes(options: argparse.Namespace) -> str:
+    from bench.processes import table
+
+    numbers = [int(number) for number in options.processes.split(",")]
+    messages = 500 if options.quick else int(8_000 * options.scale)
+    with tempfile.TemporaryDirectory(prefix="tars-mqtt-bench-") as directory:
+        return table(find_mosquitto(), far.build(Path(directory)), numbers, messages, options.rounds)
 
 
 def _chosen(there_is: Sequence[Named], names: str | None) -> list[Named]:

@@ -57,6 +57,20 @@ class Results:
         measurements = [Measurement(**measurement) for measurement in content.pop("measurements")]
         return cls(**content, measurements=measurements)
 
+    @classmethod
+    def merged(cls, parts: Iterable[Self]) -> Self:
+        """One run of what was measured in parts, for instance because each may take a few minutes only."""
+        whole, *others = parts
+        for part in others:
+            offset = 1 + max(measurement.round for measurement in whole.measurements)
+            whole.versions |= part.versions
+            whole.ours += [name for name in part.ours if name not in whole.ours]
+            whole.measurements += [
+                attrs.evolve(measurement, round=measurement.round + offset)
+                for measurement in part.measurements
+            ]
+        return whole
+
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(attrs.asdict(self), indent=1) + "\n")
 

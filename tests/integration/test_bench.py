@@ -60,6 +60,24 @@ def test_a_quick_run_measures_every_workload_and_draws_it(mosquitto, tmp_path):
     assert "paho" in picture.read_text()
 
 
+def test_runs_in_parts_are_reported_as_one(mosquitto, tmp_path):
+    """What was measured in several runs makes one table."""
+    parts = [tmp_path / f"{workload}.json" for workload in ("publish-0", "import")]
+    for part in parts:
+        run = bench(mosquitto, "--quick", "--clients", "tars", "--workloads", part.stem, "--json", part)
+        assert run.returncode == 0, run.stderr
+    run = bench(mosquitto, "--report", *parts)
+    assert "### Publish QoS 0" in run.stdout
+    assert "### Import" in run.stdout
+
+
+def test_processes_that_share_a_subscription_are_measured(mosquitto):
+    """One row for each number of processes; all of them together handle every message."""
+    run = bench(mosquitto, "--quick", "--rounds", 1, "--processes", "1,2")
+    assert run.returncode == 0, run.stderr
+    assert [line.split("|")[1].strip() for line in run.stdout.splitlines()[2:]] == ["1", "2"]
+
+
 def test_the_far_side_also_works_without_a_compiler(mosquitto, tmp_path):
     """Where there is no C compiler, the far side runs in Python."""
     workloads = "deliver-0,receive-0,receive-1"
