@@ -89,10 +89,8 @@ def is_coroutine_function(handler: Handler) -> bool:
     )
 
 
-def _check_result(result: object) -> None:
+def _refuse_work_undone(result: object) -> None:
     """Refuse what a call has made instead of doing the work: a lambda around a coroutine function, for instance."""
-    if result is None:
-        return
     if inspect.iscoroutine(result):
         result.close()  # or Python warns of it later, when nobody knows whose it was
     elif not (inspect.isgenerator(result) or inspect.isasyncgen(result)):
@@ -133,7 +131,9 @@ class HandlerCall:
             return outcome
         token = current_message.set(delivery.message)
         try:
-            _check_result(self.handler(argument))
+            result = self.handler(argument)
+            if result is not None:
+                _refuse_work_undone(result)
         except BaseException as error:  # SystemExit too: a handler ends itself, not the service
             return self.failed(delivery, error)
         finally:
