@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ class Outbound:
         counters: Counters,
         wake: Callable[[], None],
         client_id: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client_id = client_id
         self._max_inflight = max_inflight
@@ -68,7 +70,7 @@ class Outbound:
         self._v5 = True
         self._limits = Connack(code=0, reason="", session_present=False)
         self._lossy_unsent = 0
-        self.suspicion = Suspicion()
+        self.suspicion = Suspicion(clock)
         self.messages = 0
         self.acknowledgements = 0
         # Guarded by _lock; the queues are also taken from, at their left end, by the network thread:

@@ -429,7 +429,8 @@ class Session:
         if now >= self._homeless_until:
             self._homeless_until = float("inf")
             self.inbound.settle_homeless()
-        due = min(liveness.deadline(), self._restore_by, self._homeless_until)
+        suspicious = self._outbound.suspicion.look_again_at
+        due = min(liveness.deadline(), self._restore_by, self._homeless_until, suspicious)
         if self._ready:
             due = min(due, self._companion.tick(now))
         return max(0.0, due - now)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections.abc import Callable, Iterable
 
 from tars_mqtt._core.outgoing import Outgoing
 
-_MOST_STRIKES = 3
+_MOST_STRIKES = 4
+
+_PROBATION = 0.2, 0.6
+"""Seconds, at least and at most, that a connection must have held before the last tries on it: whatever
+breaks connections as soon as they stand is not the message. Random, so that nothing keeps step with it."""
 
 _AT_ONCE = 5.0
 """Seconds within which a broker hangs up over a message that it does not want: it has seen the length."""
@@ -19,7 +25,8 @@ class Suspicion:
     Brokers close the connection over a packet that is larger than they allow, and MQTT 3.1.1 has no way to
     say so. A bad network closes connections as well, and a message is not to be lost for that. So a message
     larger than any that was ever acknowledged is suspected when a connection ends, and then sent alone, on
-    a connection that has just carried an answer. If the broker hangs up at once each time, it is that message.
+    a connection that has just carried an answer, and at the last tries has held for a while. If the broker
+    hangs up at once each time, it is that message.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,13 +35,17 @@ class Suspicion:
         self._alone: Outgoing | None = None
         self._sent_at = 0.0
         self._answered = False
+        self._held = False
         self.wants_answer = False
         """Whether a suspect waits for a sign that the connection carries both ways."""
+        self.look_again_at = math.inf
+        """When a suspect that waits is worth another look, on the monotonic clock."""
 
     def new_connection(self) -> None:
         """Nothing is known of this connection yet."""
         self._alone = None
-        self._answered = self.wants_answer = False
+        self._answered = self._held = self.wants_answer = False
+        self.look_again_at = math.inf
 
     def answered(self) -> None:
         """The broker answered something on this connection."""
@@ -47,10 +58,22 @@ class Suspicion:
             return False
         if not self._suspects(message):
             return True
+        if message.strikes > 1 and not self._has_held():
+            return False
         if not self._answered:
             self.wants_answer = True
             return False
         return not others_in_flight
+
+    def _has_held(self) -> bool:
+        now = self._clock()
+        if not self._held and self.look_again_at == math.inf:
+            self.look_again_at = now + random.uniform(*_PROBATION)
+        elif not self._held and now >= self.look_again_at:
+            self._held = True
+            self._answered = False  # what counts is that it carries now
+            self.look_again_at = math.inf
+        return self._held
 
     def sent(self, message: Outgoing) -> None:
         """Take note of a suspect on its way."""

@@ -36,16 +36,20 @@ def suspected(suspicion: Suspicion) -> Outgoing:
     return suspect
 
 
-def sent_alone(suspicion: Suspicion, suspect: Outgoing) -> None:
+def sent_alone(suspicion: Suspicion, suspect: Outgoing, clock: FakeClock) -> None:
     suspicion.answered()
+    if not suspicion.may_send(suspect, others_in_flight=False):
+        clock.advance(1.0)
+        assert not suspicion.may_send(suspect, others_in_flight=False), "an answer from now is needed"
+        suspicion.answered()
     assert suspicion.may_send(suspect, others_in_flight=False)
     suspicion.sent(suspect)
 
 
-def test_three_hang_ups_over_one_message_condemn_it(suspicion: Suspicion) -> None:
+def test_four_hang_ups_over_one_message_condemn_it(suspicion: Suspicion, clock: FakeClock) -> None:
     suspect = suspected(suspicion)
-    for verdict in (None, suspect):
-        sent_alone(suspicion, suspect)
+    for verdict in (None, None, suspect):
+        sent_alone(suspicion, suspect, clock)
         assert suspicion.hung_up([suspect]) is verdict
         suspicion.new_connection()
 
@@ -58,6 +62,23 @@ def test_a_suspect_waits_for_an_answer_on_the_new_connection(suspicion: Suspicio
     suspicion.answered()
     assert not suspicion.wants_answer
     assert suspicion.may_send(suspect, others_in_flight=False)
+
+
+def test_a_network_that_breaks_each_connection_soon_condemns_nobody(
+    suspicion: Suspicion, clock: FakeClock
+) -> None:
+    """However often: at the last tries the connection has to hold for a while first."""
+    suspect = suspected(suspicion)
+    sent_alone(suspicion, suspect, clock)
+    assert suspicion.hung_up([suspect]) is None
+    for _ in range(10):
+        suspicion.new_connection()
+        suspicion.answered()
+        assert not suspicion.may_send(suspect, others_in_flight=False)
+        assert clock.now < suspicion.look_again_at <= clock.now + 1.0
+        clock.advance(0.1)
+        assert suspicion.hung_up([]) is None
+    assert suspect.strikes == 2
 
 
 def test_connections_that_end_without_an_answer_condemn_nobody(suspicion: Suspicion) -> None:
@@ -81,7 +102,7 @@ def test_a_connection_that_ends_much_later_condemns_nobody(suspicion: Suspicion,
     """A long message on a slow link is under way for a while, and links break at any time."""
     suspect = suspected(suspicion)
     for _ in range(10):
-        sent_alone(suspicion, suspect)
+        sent_alone(suspicion, suspect, clock)
         clock.advance(6.0)
         assert suspicion.hung_up([suspect]) is None
         suspicion.new_connection()
@@ -97,18 +118,18 @@ def test_an_acknowledged_size_is_above_suspicion(suspicion: Suspicion) -> None:
     assert suspicion.may_send(smaller, others_in_flight=True)
 
 
-def test_a_suspect_that_arrives_lets_the_others_go(suspicion: Suspicion) -> None:
+def test_a_suspect_that_arrives_lets_the_others_go(suspicion: Suspicion, clock: FakeClock) -> None:
     suspect = suspected(suspicion)
-    sent_alone(suspicion, suspect)
+    sent_alone(suspicion, suspect, clock)
     suspicion.acknowledged(suspect)
     assert suspicion.may_send(message(1), others_in_flight=False)
 
 
-def test_a_suspect_that_arrives_clears_those_of_its_size(suspicion: Suspicion) -> None:
+def test_a_suspect_that_arrives_clears_those_of_its_size(suspicion: Suspicion, clock: FakeClock) -> None:
     """After an outage they leave side by side again, not one by one."""
     first, second = message(), message()
     assert suspicion.hung_up([first, second]) is None
     suspicion.new_connection()
-    sent_alone(suspicion, first)
+    sent_alone(suspicion, first, clock)
     suspicion.acknowledged(first)
     assert suspicion.may_send(second, others_in_flight=True)
