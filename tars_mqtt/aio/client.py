@@ -191,9 +191,11 @@ class MQTTClient:
             if not stop.is_set():
                 raise
         finally:
-            for number in installed:
-                loop.remove_signal_handler(number)
-            await self.shutdown()
+            try:
+                await self.shutdown()
+            finally:  # not before: another signal would end the process in the middle of its goodbye
+                for number in installed:
+                    loop.remove_signal_handler(number)
 
     async def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first."""

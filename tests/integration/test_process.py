@@ -66,6 +66,42 @@ def test_run_serves_until_a_signal_and_then_shuts_down(colour, broker, number):
     assert "Received DISCONNECT from service" in broker.log
 
 
+# A handler that is still at work when the shutdown has begun.
+SLOW = {
+    "sync": RUN["sync"].replace(
+        'say("handled", payload)',
+        """say("begun")
+            while client.state.value != "closing":
+                time.sleep(0.01)
+            say("closing")
+            time.sleep(0.5)""",
+    ),
+    "aio": RUN["aio"].replace(
+        'say("handled", payload)',
+        """say("begun")
+                while client.state.value != "closing":
+                    await asyncio.sleep(0.01)
+                say("closing")
+                await asyncio.sleep(0.5)""",
+    ),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_cut_the_shutdown_short(colour, broker, number):
+    """It is bounded by its own time; an impatient Ctrl-C must not cost the goodbye."""
+    with Program(SLOW[colour], broker.url) as program, Observer(broker.host, broker.port) as observer:
+        observer.wait_for("system/health/service")
+        observer.publish("work", b"x")
+        program.wait_for("begun")
+        program.signal(number)
+        program.wait_for("closing")
+        program.signal(number)
+        assert program.wait() == 0
+        assert "state closed" in program.output
+        assert observer.wait_for("system/health/service", 2)[1].data["event"] == "shutdown"
+
+
 def test_a_signal_ends_run_while_the_broker_cannot_be_reached(colour):
     """A container that is told to stop before its broker is there does not wait to be killed."""
     with Program(RUN[colour], f"mqtt://{HOST}:{free_port()}") as program:
