@@ -171,15 +171,15 @@ class MQTTClient:
                 self.shutdown()
 
     def wait_connected(self, timeout: float | None = None) -> bool:
-        """Wait for the connection; False when the time ran out first.
+        """Wait for the connection; False when the time ran out first, or the client is shut down.
 
         Args:
             timeout: Seconds; ``None`` waits for ever, ``0`` does not wait.
         """
         self._engine.check()
-        return self._engine.state.wait(
-            lambda state: state is ConnectionState.CONNECTED, seconds(timeout, 0.0)
-        )
+        ends = (ConnectionState.CONNECTED, ConnectionState.CLOSED)
+        self._engine.state.wait(lambda state: state in ends, seconds(timeout, 0.0))
+        return self.connected
 
     @property
     def connected(self) -> bool:
@@ -361,12 +361,12 @@ class MQTTClient:
             raise TypeError(
                 f"{handler!r} is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"
             )
-        registration = self._engine.register(topic, qos, HandlerCall, handler, options)
-        return self._subscribed(registration, timeout)
-
-    def _subscribed(self, registration: Registration, timeout: Timeout) -> Subscription:
-        engine, topic = self._engine, registration.topic
         limit = seconds(timeout, self.config.connect_timeout)
+        registration = self._engine.register(topic, qos, HandlerCall, handler, options)
+        return self._subscribed(registration, limit)
+
+    def _subscribed(self, registration: Registration, limit: float | None) -> Subscription:
+        engine, topic = self._engine, registration.topic
         try:
             engine.subscribe(registration).result(limit)
         except TimeoutError:
@@ -378,6 +378,9 @@ class MQTTClient:
         except SubscribeError as error:
             engine.unregister(registration)
             raise SubscribeError(str(error), error.refused) from error
+        except BaseException:  # Ctrl-C
+            engine.unregister(registration)
+            raise
         return Subscription(engine, registration)
 
     def on(
@@ -403,7 +406,8 @@ class MQTTClient:
             TopicError, SubscribeError: As `subscribe`.
         """
         registration = self._engine.register(topic, qos, None, None, {})
-        return MessageIterator(self._engine, self._subscribed(registration, DEFAULT), registration)
+        subscription = self._subscribed(registration, self.config.connect_timeout)
+        return MessageIterator(self._engine, subscription, registration)
 
 
 def _worker_pool(

@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tars_mqtt._core.lane import Delivery
-from tars_mqtt.errors import ClosedError, DecodeError, NotConnectedError, QueueFullError, TopicError
+from tars_mqtt.errors import (
+    ClosedError,
+    DecodeError,
+    NotConnectedError,
+    OutboxError,
+    QueueFullError,
+    TopicError,
+)
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.topics import check_topic
 
@@ -18,7 +25,7 @@ logger = logging.getLogger("tars_mqtt.dispatch")
 DEAD_LETTER_TYPE = "dead_letter"
 
 _AGAIN = 1.0
-"""Seconds until the next try when the outgoing queue is full."""
+"""Seconds until the next try when the outgoing queue or the disk of the outbox is full."""
 
 
 class Outlet(Protocol):
@@ -73,8 +80,11 @@ class DeadLetters:
             receipt = self._outlet.submit_event(
                 topic, DEAD_LETTER_TYPE, self._data(delivery), _correlation_id(message), 1, False, 0.0
             )
-        except QueueFullError:
-            self._outlet.call_later(_AGAIN, lambda: self.bury(delivery, over))
+        except (QueueFullError, OutboxError) as error:
+            if getattr(error, "retriable", True):
+                self._outlet.call_later(_AGAIN, lambda: self.bury(delivery, over))
+            else:
+                self._give_up(message, error, over)
         except (ClosedError, NotConnectedError):
             # Unacknowledged: the broker delivers the message again to the next session.
             return

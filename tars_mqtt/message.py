@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
@@ -84,6 +85,13 @@ class Message:
         retained = ", retained" if self.retain else ""
         return f"<Message on {self.topic!r}, {len(self.payload)} bytes, qos {self.qos}{retained}>"
 
+
+def _after_fork_in_child() -> None:
+    PublishReceipt._lock = threading.Lock()  # a thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 _PENDING, _SENT, _DONE, _CANCELLED = range(4)
 

@@ -122,7 +122,12 @@ class Engine:
     def connect(self, timeout: float | None) -> None:
         """Start if needed and wait until the connection is up and the subscriptions acknowledged."""
         self.check()
-        with self._lock:
+        deadline = time.monotonic() + (threading.TIMEOUT_MAX / 2 if timeout is None else timeout)
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise ConnectError("the client is still busy leaving the broker; call connect() again")
+        try:
+            if self._shutting_down.locked():
+                raise ClosedError("the client is being shut down: call connect() when that is over")
             if not self._session.running:
                 self._open_outbox()
                 self.state.set(ConnectionState.CONNECTING)
@@ -131,22 +136,37 @@ class Engine:
                 self._session.inbound.open()
                 self._first = self._session.start()
             first = self._first
+        finally:
+            self._lock.release()
         assert first is not None
+        began = not first.done()
         try:
             first.result(timeout)
+            self._await_connection(deadline)
         except FutureTimeoutError:
             reason = self._session.last_error
-            self.stop_network(0.0)
+            if began:
+                self.stop_network(0.0, first)
             raise ConnectError(
                 f"no connection to {self.config.urls[0]} within {timeout:g} s"
                 + (f": {reason}" if reason else "")
                 + "; check mqtt_url, and whether a broker runs there"
+                + ("" if began else ". The client keeps trying")
             ) from None
         except SubscribeError as error:
             raise SubscribeError(str(error), error.refused) from error
         except TarsMQTTError:
-            self.stop_network(0.0)
+            self.stop_network(0.0, first)
             raise
+
+    def _await_connection(self, deadline: float) -> None:
+        """Wait for the connection of a client that had one already, and is about to get the next."""
+        trying = (ConnectionState.CONNECTING, ConnectionState.RECONNECTING)
+        left = max(0.0, deadline - time.monotonic())
+        if not self.state.wait(lambda state: state not in trying, min(left, threading.TIMEOUT_MAX)):
+            raise FutureTimeoutError
+        if self.state.value is not ConnectionState.CONNECTED:
+            raise ClosedError("the client left the broker while it connected")
 
     def _open_outbox(self) -> None:
         config = self.config
@@ -165,13 +185,20 @@ class Engine:
         if self._first is not None and not self._first.done():
             self._session.interrupt()
 
-    def stop_network(self, timeout: float) -> bool:
-        """End the network thread; what is queued stays queued. False when it does not end in time."""
-        ended = self._session.leave(timeout)
-        if self.state.value not in (ConnectionState.CLOSING, ConnectionState.CLOSED):
-            self._outbound.refuse(_not_started())
-            self.state.set(ConnectionState.DISCONNECTED)
-        return ended
+    def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
+        """End the network thread; what is queued stays queued. False when it does not end in time.
+
+        Args:
+            first: Only the one that promised this; another may have been started since.
+        """
+        with self._lock:  # no `connect` between the end and what is said of it
+            if first is not None and first is not self._first:
+                return True
+            ended = self._session.leave(timeout)
+            if self.state.value not in (ConnectionState.CLOSING, ConnectionState.CLOSED):
+                self._outbound.refuse(_not_started())
+                self.state.set(ConnectionState.DISCONNECTED)
+            return ended
 
     def disconnect(self) -> None:
         """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""
@@ -214,7 +241,11 @@ class Engine:
             return max(0.0, deadline - kept - time.monotonic())
 
         extra = {"client_id": self.config.client_id}
+        # A `connect` that is about to begin has begun by then, or is refused.
+        begun = self._lock.acquire(timeout=left())
         self.state.set(ConnectionState.CLOSING)
+        if begun:
+            self._lock.release()
         self._session.inbound.close()
         if not self.dispatcher.wait_idle(left(2 * reserve), own, reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
@@ -326,6 +357,7 @@ class Engine:
         if qos == 0:
             receipt = PublishReceipt._settled(envelope_id, topic, 0)
         elif qos in (1, 2):
+            qos = int(qos)  # 1.0 from somebody's YAML
             receipt = PublishReceipt(envelope_id, topic, qos)
         else:
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
@@ -352,6 +384,7 @@ class Engine:
         topic = check_filter(topic)
         if qos not in (0, 1, 2):
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
+        qos = int(qos)
         checked_options = checked(options, self.config.workers)
         recovery = self._recovery(topic, checked_options)
         config = self.config

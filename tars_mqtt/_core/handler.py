@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import typing
@@ -65,19 +66,40 @@ def _first_annotation(handler: Handler) -> Any:
             f"the handler must be callable with one argument, which {signature} is not: "
             "annotated with Message, that has topic, payload and the rest"
         ) from None
-    first = next(iter(signature.parameters.values()))
-    if not isinstance(first.annotation, str):
-        return first.annotation
-    # Under `from __future__ import annotations` the annotation is text.
-    function = inspect.unwrap(handler) if inspect.isroutine(handler) else type(handler).__call__
+    annotation = next(iter(signature.parameters.values())).annotation
+    if isinstance(annotation, str):
+        # Under `from __future__ import annotations` the annotation is text.
+        annotation = _resolved(annotation, _function_behind(handler))
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _resolved(annotation: str, function: Any) -> Any:
+    """What the text stands for; the function's other annotations need not stand for anything."""
+
+    def stub() -> None: ...
+
+    stub.__annotations__ = {"first": annotation}
+    # Our own names are known also where they are imported for the type checker alone.
+    names = {"Message": Message, "Envelope": Envelope} | getattr(function, "__globals__", {})
     try:
-        return typing.get_type_hints(function).get(first.name, first.annotation)
+        return typing.get_type_hints(stub, names)["first"]
     except Exception as error:
-        if first.annotation == "bytes":
-            return bytes
-        raise TypeError(
-            f"the handler's annotation {first.annotation!r} cannot be resolved: {error}"
-        ) from error
+        raise TypeError(f"the handler's annotation {annotation!r} cannot be resolved: {error}") from error
+
+
+def _function_behind(handler: Any) -> Any:
+    """The function whose first annotation counts, behind decorators, partials, objects and classes."""
+    while True:
+        if isinstance(handler, functools.partial):
+            handler = handler.func
+        elif hasattr(handler, "__wrapped__"):
+            handler = handler.__wrapped__
+        elif isinstance(handler, type):
+            handler = handler.__init__  # type: ignore[misc]
+        elif inspect.isroutine(handler):
+            return handler
+        else:
+            handler = type(handler).__call__
 
 
 def is_coroutine_function(handler: Handler) -> bool:
@@ -99,6 +121,14 @@ def _refuse_work_undone(result: object) -> None:
         f"the handler returned a {type(result).__name__} and did nothing: "
         "write it as a plain function, or for tars_mqtt.aio as an async def, without yield"
     )
+
+
+def _in_words(error: BaseException) -> str:
+    name = type(error).__qualname__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # its text is the user's code, too
+        return name
 
 
 class HandlerCall:
@@ -192,7 +222,10 @@ class HandlerCall:
         return Outcome.FAILED
 
     def _name(self) -> str:
-        return getattr(self.handler, "__qualname__", None) or repr(self.handler)
+        handler = self.handler
+        while isinstance(handler, functools.partial):  # whose repr would show its arguments
+            handler = handler.func
+        return str(getattr(handler, "__qualname__", type(handler).__qualname__))
 
     def _release(self, delivery: Delivery) -> None:
         if delivery.claim is not None and self._deduplicator is not None:
@@ -207,7 +240,7 @@ class HandlerCall:
         """The handler raised: the next attempt, or a redelivery, will be handled."""
         self._release(delivery)
         message = delivery.message
-        delivery.error = f"{type(error).__qualname__}: {error}"
+        delivery.error = _in_words(error)
         logger.error(
             "handler %s failed on a message of %r",
             self._name(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections import Counter
 from typing import Any
 
 import attrs
@@ -61,18 +60,21 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._uses: Counter[str] = Counter()
+        self._uses: dict[str, int] = {}
+        self._most_uses = 0
+        """Of a filter that nobody uses any more: those are not remembered one by one."""
         self._identifiers: set[int] = set()
         self.router: Router[FilterEntry] = Router()
 
     def next_identity(self, topic_filter: str) -> str:
         """A name for a registration to come, never used twice.
 
-        It is the same in each run of a service that subscribes in the same order.
+        It is the same in each run of a service that subscribes and unsubscribes in the same order.
         """
         with self._lock:
-            self._uses[topic_filter] += 1
-            return f"{topic_filter}#{self._uses[topic_filter]}"
+            number = self._uses.get(topic_filter, self._most_uses) + 1
+            self._uses[topic_filter] = number
+            return f"{topic_filter}#{number}"
 
     def add(self, registration: Registration) -> FilterEntry:
         """Enter a registration; returns the filter that the broker must be asked for."""
@@ -101,6 +103,7 @@ class Registry:
                 return None
             self.router = self.router.remove(entry.topic_filter)
             self._identifiers.discard(entry.identifier)
+            self._most_uses = max(self._most_uses, self._uses.pop(entry.topic_filter, 0))
             return entry
 
     def registrations(self) -> list[Registration]:

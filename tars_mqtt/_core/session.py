@@ -314,7 +314,8 @@ class Session:
             return
         self._ready = True
         self._restore_by = float("inf")
-        self._state.set(ConnectionState.CONNECTED)
+        for state in (ConnectionState.CONNECTING, ConnectionState.RECONNECTING):  # and not out of a shutdown
+            self._state.replace(state, ConnectionState.CONNECTED)
         self._companion.ready(first=self.connections == 1)
         self._settle_first(self._subscriber.take_refusals())
 

@@ -211,14 +211,14 @@ class MQTTClient:
             limit = seconds(timeout, 0.0)
             deadline = None if limit is None else loop.time() + limit
             async with asyncio.timeout_at(deadline):
-                while not self.connected:
+                while self.state not in (ConnectionState.CONNECTED, ConnectionState.CLOSED):
                     await changed.wait()
                     changed.clear()
         except TimeoutError:
-            return self.connected
+            pass
         finally:
             self._engine.state.ignore(listener)
-        return True
+        return self.connected
 
     @property
     def connected(self) -> bool:
@@ -366,7 +366,9 @@ class MQTTClient:
 
         A coroutine function runs as a task on the loop, a plain function on a worker thread.
         """
-        return await self._subscribed(self._register(topic, handler, qos, options), timeout)
+        self._on_loop()
+        limit = seconds(timeout, self.config.connect_timeout)
+        return await self._subscribed(self._register(topic, handler, qos, options), limit)
 
     def _register(
         self, topic: str, handler: Callable[[Any], Any], qos: int, options: HandlerOptions
@@ -374,10 +376,8 @@ class MQTTClient:
         call = CoroutineCall if is_coroutine_function(handler) else HandlerCall
         return self._engine.register(topic, qos, call, handler, options)
 
-    async def _subscribed(self, registration: Registration, timeout: Timeout) -> Subscription:
+    async def _subscribed(self, registration: Registration, limit: float | None) -> Subscription:
         engine, topic = self._engine, registration.topic
-        self._on_loop()
-        limit = seconds(timeout, self.config.connect_timeout)
         try:
             await self._outcome(engine.subscribe(registration), limit)
         except TimeoutError:

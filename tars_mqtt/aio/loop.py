@@ -41,18 +41,23 @@ class Bridge:
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._calls: deque[Callable[[], None]] = deque()
+        self._lasting: deque[Callable[[], None]] = deque()
         self._scheduled = False
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Belong to *loop* from now on."""
         self.loop = loop
         self._scheduled = False
-        if self._calls:
+        if self._calls or self._lasting:
             self._schedule(loop)
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Have *call* run on the loop soon. Any thread; never raises."""
-        self._calls.append(call)
+    def post(self, call: Callable[[], None], *, lasting: bool = False) -> None:
+        """Have *call* run on the loop soon. Any thread; never raises.
+
+        Args:
+            lasting: Where the loop is closed, the next one is to run it.
+        """
+        (self._lasting if lasting else self._calls).append(call)
         # The flag is cleared before the calls are looked at: one that is added in between is seen.
         if not self._scheduled and self.loop is not None:
             self._schedule(self.loop)
@@ -76,10 +81,10 @@ class Bridge:
 
     def _run(self) -> None:
         self._scheduled = False
-        calls = self._calls
+        calls = self._lasting or self._calls
         for _ in range(min(len(calls), _MOST_CALLS)):
             calls.popleft()()
-        if calls and not self._scheduled and self.loop is not None:
+        if (self._calls or self._lasting) and not self._scheduled and self.loop is not None:
             self._schedule(self.loop)
 
 
@@ -135,7 +140,8 @@ class LoopDispatcher(WorkerPool):
 
     def _start(self, turn: Turn) -> None:
         if isinstance(turn.consumer.handle, CoroutineCall):
-            self._bridge.post(lambda: self._spawn(turn))
+            # Lasting: otherwise the consumer would never have a turn again.
+            self._bridge.post(lambda: self._spawn(turn), lasting=True)
         else:
             super()._start(turn)
 

@@ -72,6 +72,8 @@ class PublishReceipt:
             return
         limit = seconds(timeout, 0.0)
         loop = asyncio.get_running_loop()
+        if self._bridge.loop is not loop:
+            raise RuntimeError("this receipt belongs to another event loop: await it there")
         future: asyncio.Future[None] = loop.create_future()
         receipt._add_done_callback(lambda _: self._bridge.post(lambda: resolve(future)))
         timer = None if limit is None else loop.call_later(limit, resolve, future)

@@ -88,7 +88,9 @@ class MessageIterator(AsyncIterator[Message]):
             raise
 
     async def _open(self) -> None:
-        self._subscription = await self._client._subscribed(self._registration, DEFAULT)
+        self._subscription = await self._client._subscribed(
+            self._registration, self._client.config.connect_timeout
+        )
 
     def _finish_current(self) -> None:
         current, self._current = self._current, None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tars_mqtt import MQTTClient as SyncClient
 from tars_mqtt.aio import (
     AckTimeoutError,
     ConnectError,
@@ -612,3 +613,46 @@ async def test_shutdown_lets_a_reader_finish_what_it_has(broker: Broker) -> None
     await reading
     assert payloads == [b"0", b"1"]
     await until(lambda: broker.log.count("Received PUBACK from me") == 2)
+
+
+def test_what_comes_between_two_loops_is_handled_on_the_second(broker: Broker) -> None:
+    """A client that outlived its loop without a shutdown still works on the next."""
+    received: list[bytes] = []
+    client = MQTTClient(broker.url, "between", **QUICK)
+
+    async def handler(payload: bytes) -> None:
+        received.append(payload)
+
+    async def first() -> None:
+        await client.subscribe("a", handler, 1)
+        await client.connect()
+
+    async def second() -> None:
+        await client.publish("a", b"on the second", qos=1)
+        await until(lambda: received == [b"between", b"on the second"])
+        await client.shutdown()
+
+    asyncio.run(first())
+    with SyncClient(broker.url, "other") as other:
+        other.publish("a", b"between", qos=1)
+        eventually(lambda: client.stats().messages_in)
+    asyncio.run(second())
+
+
+async def test_what_belongs_to_another_loop_says_so_and_remembers_nothing(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "mine", **QUICK)
+    await client.connect()
+    broker.freeze()
+    receipt = client.submit_event("a", "n", None, qos=1)
+
+    async def elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await receipt
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await client.subscribe("a", print)
+
+    await asyncio.to_thread(asyncio.run, elsewhere())
+    broker.thaw()
+    await receipt
+    await client.shutdown()
+    assert "SUBSCRIBE" not in broker.log

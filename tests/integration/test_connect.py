@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from tars_mqtt import (
+    ClosedError,
     ConnectError,
     ConnectionState,
     ConnectRefusedError,
@@ -380,3 +382,37 @@ def test_a_client_from_a_configuration_connects_to_the_same_broker(make_client, 
         shared_broker.url, unique, reconnect_min_delay=0.1, reconnect_max_delay=0.5
     )
     client.connect()
+
+
+def test_connect_during_an_outage_waits_for_the_connection(make_client, broker):
+    """And gives up alone: the client goes on trying."""
+    client = make_client(broker.url)
+    client.connect()
+    broker.kill()
+    eventually(lambda: not client.connected)
+    with pytest.raises(ConnectError, match="The client keeps trying"):
+        client.connect(timeout=0.3)
+    broker.start()
+    client.connect(timeout=10)
+    assert client.connected
+
+
+def test_connect_and_disconnect_at_once_leave_a_client_that_works(make_client, broker):
+    """Whichever comes last: a connect that returned is followed by a client that takes messages."""
+    client = make_client(broker.url)
+    for _ in range(20):
+        client.connect()
+        leaving = in_thread(client.disconnect)
+        with contextlib.suppress(ClosedError):  # the disconnect came last
+            client.connect()
+        leaving.result(10)
+        client.connect()
+        client.publish("a", "x", qos=1)
+
+
+def test_wait_connected_ends_with_a_shutdown(make_client):
+    client = make_client(f"mqtt://{HOST}:{free_port()}")
+    waiting = in_thread(client.wait_connected)
+    time.sleep(0.1)  # it waits by now, or will find the client shut down
+    client.shutdown()
+    assert waiting.result(5) is False

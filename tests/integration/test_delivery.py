@@ -607,3 +607,21 @@ def test_an_iterator_that_is_left_half_way_is_closed(make_client, broker: Broker
     eventually(lambda: "Received UNSUBSCRIBE from me" in broker.log)
     client.publish("b", "next", qos=1)
     eventually(lambda: received and broker.log.count("Received PUBACK from me") == 2)
+
+
+def test_a_time_that_is_none_is_refused_and_nothing_is_remembered(make_client, broker: Broker) -> None:
+    client = make_client(broker.url)
+    with pytest.raises(ValueError, match="timeout must be"):
+        client.subscribe("a", print, timeout=-1)
+    client.connect()
+    assert "SUBSCRIBE" not in broker.log
+
+
+def test_a_qos_may_be_written_as_a_float(make_client, broker: Broker) -> None:
+    """As a settings file may have it; the network thread must not stumble over it."""
+    received: list[bytes] = []
+    client = make_client(broker.url)
+    client.subscribe("a", received.append, 1.0)
+    client.connect()
+    client.publish("a", "x", qos=1.0)
+    eventually(lambda: received == [b"x"])

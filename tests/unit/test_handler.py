@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import attrs
 import pytest
@@ -104,3 +105,68 @@ def test_a_handler_that_returns_its_work_undone_has_failed(handler: Any) -> None
 def test_what_else_a_handler_returns_is_nobodys_business(result: Any) -> None:
     outcome, _ = called(lambda _: result)
     assert outcome is Outcome.HANDLED
+
+
+def second(_: int, message: Message) -> None: ...
+
+
+class Taker:
+    def take(self, message: Message) -> None: ...
+
+    def take_second(self, _: int, message: Message) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        functools.partial(second, 1),
+        Taker().take,
+        functools.partial(Taker().take_second, 1),
+        functools.wraps(Taker().take)(lambda message: None),
+    ],
+)
+def test_an_annotation_that_is_text_is_found_behind_what_wraps_the_function(handler: Any) -> None:
+    message = Message("a", b"")
+    assert argument_of(handler)(message) is message
+
+
+def test_only_the_first_annotation_has_to_stand_for_something() -> None:
+    """Names that are imported for the type checker alone do not exist when it is asked; ours are known."""
+    namespace: dict[str, Any] = {}
+    exec("def handler(message: Message, more: Nowhere = None) -> Nowhere: ...", namespace)
+    message = Message("a", b"")
+    assert argument_of(namespace["handler"])(message) is message
+    exec("def handler(message: Nowhere): ...", namespace)
+    with pytest.raises(TypeError, match="'Nowhere' cannot be resolved"):
+        argument_of(namespace["handler"])
+
+
+def test_what_is_annotated_further_is_what_it_was() -> None:
+    message = Message("a", b"")
+    assert argument_of(asking_for(Annotated[Message, "more"]))(message) is message
+
+
+# -- what it raises -------------------------------------------------------------------------------
+
+
+class SilentError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_an_error_without_words_is_a_failure_like_any_other() -> None:
+    def handler(_: Any) -> None:
+        raise SilentError
+
+    outcome, delivery = called(handler)
+    assert outcome is Outcome.FAILED
+    assert delivery.error == "SilentError"
+
+
+def test_the_log_names_a_handler_and_not_what_was_bound_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    def handler(secret: str, _: Any) -> None:
+        raise ValueError
+
+    called(functools.partial(handler, "hunter2"))
+    assert "handler failed on a message" in caplog.text
+    assert "hunter2" not in caplog.records[0].getMessage()

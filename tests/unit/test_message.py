@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from concurrent.futures import CancelledError
 from typing import Any
@@ -161,3 +163,15 @@ def test_one_of_cancel_and_send_wins() -> None:
 def cancel_at(start: threading.Barrier, receipt: PublishReceipt, cancelled: list[bool]) -> None:
     start.wait()
     cancelled.append(receipt.cancel())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_fork_while_a_receipt_is_settled_leaves_the_child_able_to_settle_its_own() -> None:
+    with PublishReceipt._lock:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(5)
+            PublishReceipt(None, "a", 1)._settle()
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0

@@ -135,3 +135,15 @@ def test_many_threads_may_register_and_remove_at_once() -> None:
         f"stays/{thread}/{number}" for thread in range(4) for number in range(100)
     )
     assert len({entry.identifier for entry in entries}) == 400
+
+
+def test_filters_that_are_gone_are_not_remembered() -> None:
+    """A reply topic for each request would fill the memory; a name is not used again all the same."""
+    registry = Registry()
+    identities = set()
+    for number in range(100):
+        for topic in ("a", f"replies/{number}"):
+            identities.add(registry.next_identity(topic))
+            registry.remove(added(registry, topic))
+    assert len(identities) == 200
+    assert registry._uses == {}
