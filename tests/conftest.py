@@ -20,7 +20,7 @@ from tests.support.colour import ClientMaker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MARKED_DIRECTORIES = ("integration", "contract", "faults")
+MARKED_DIRECTORIES = ("integration", "contract", "faults", "scripts")
 ON_CI = os.environ.get("CI", "").lower() not in {"", "0", "false", "no"}
 
 # A deadline would measure the machine, not the code.
