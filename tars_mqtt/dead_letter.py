@@ -61,7 +61,8 @@ def dead_letter_topic(template: str, topic: str) -> str:
 class DeadLetters:
     """The dead letters of one subscription. Any thread; does not block."""
 
-    def __init__(self, template: str, topic_filter: str, outlet: Outlet) -> None:
+    def __init__(self, template: str, topic_filter: str, outlet: Outlet, client_id: str) -> None:
+        self._client_id = client_id
         self._template = template
         self._filter = topic_filter
         self._outlet = outlet
@@ -105,7 +106,12 @@ class DeadLetters:
 
     def _give_up(self, message: Message, error: BaseException, over: Callable[[], None]) -> None:
         self._outlet.count_dead_letter(dropped=True)
-        logger.error("gave up a message of %r: no dead letter: %s", message.topic, error)
+        logger.error(
+            "gave up a message of %r: no dead letter: %s",
+            message.topic,
+            error,
+            extra={"client_id": self._client_id, "topic": message.topic, "qos": message.qos},
+        )
         over()
 
     def _data(self, delivery: Delivery) -> dict[str, Any]:

@@ -89,14 +89,16 @@ class DurableDeduplicator(MessageDeduplicator):
     """A deduplicator that remembers across restarts what it kept, once it has a file to do so."""
 
     _outbox: Outbox | None = None
+    _client_id = ""
 
-    def attach(self, outbox: Outbox) -> None:
+    def attach(self, outbox: Outbox, client_id: str = "") -> None:
         """Recall what *outbox* remembers, and keep there from now on."""
         now = self._clock()
         with self._lock:
             for key, left in outbox.remembered(self._max_entries):
                 self._kept[key] = now + left
             self._outbox = outbox
+            self._client_id = client_id
 
     def claim(self, key: Hashable) -> bool:
         return super().claim(repr(key))
@@ -109,7 +111,11 @@ class DurableDeduplicator(MessageDeduplicator):
             try:
                 self._outbox.remember(text, self._ttl, forgotten)
             except OutboxError as error:
-                logger.error("a redelivery after a restart will be handled again: %s", error)
+                logger.error(
+                    "a redelivery after a restart will be handled again: %s",
+                    error,
+                    extra={"client_id": self._client_id},
+                )
 
     def release(self, key: Hashable) -> None:
         super().release(repr(key))

@@ -175,10 +175,10 @@ class Engine:
         from tars_mqtt.outbox import Outbox  # late: most services need no SQLite
 
         outbox = Outbox(config.outbox)
-        spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age)
+        spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age, config.client_id)
         self._outbound.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
         if isinstance(self.deduplicator, DurableDeduplicator):
-            self.deduplicator.attach(outbox)
+            self.deduplicator.attach(outbox, config.client_id)
 
     def call_off(self) -> None:
         """Have a `connect` that waits end with `ClosedError`. For signal handlers too."""
@@ -419,7 +419,7 @@ class Engine:
             retries=options["retries"],
             retry_delay=options["retry_delay"],
             timeout=seconds(options["handler_timeout"], self.config.handler_timeout) or None,
-            bury=None if template is None else DeadLetters(template, topic, self).bury,
+            bury=None if template is None else DeadLetters(template, topic, self, self.config.client_id).bury,
         )
 
     def _on_stuck_handler(self, topic: str | None) -> None:

@@ -34,8 +34,13 @@ class Spool:
     """
 
     def __init__(
-        self, outbox: Outbox, later: Callable[[float, Callable[[], None]], None], max_age: float
+        self,
+        outbox: Outbox,
+        later: Callable[[float, Callable[[], None]], None],
+        max_age: float,
+        client_id: str = "",
     ) -> None:
+        self._client_id = client_id
         self._outbox = outbox
         self._later = later
         self._max_age = max_age
@@ -111,7 +116,7 @@ class Spool:
         try:
             rows = self._outbox.fetch(self._last_in_memory, _MOST_IN_MEMORY // 2)
         except OutboxError as error:
-            logger.error("%s; trying again", error)
+            logger.error("%s; trying again", error, extra={"client_id": self._client_id})
             self._later(_RETRY_DELAY, lambda: self._load(loaded))
             return
         messages = []
@@ -159,7 +164,7 @@ class Spool:
             self._outbox.prune()
         except OutboxError as error:
             # Until they are deleted, a restart sends them once more.
-            logger.error("%s; trying again", error)
+            logger.error("%s; trying again", error, extra={"client_id": self._client_id})
             self._prune_in(_RETRY_DELAY)
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import threading
@@ -11,10 +10,10 @@ import time
 import pytest
 
 from tars_mqtt import (
-    ClosedError,
     ConnectError,
     ConnectionState,
     ConnectRefusedError,
+    MQTTClient,
     MQTTClientConfig,
     NotConnectedError,
     SubscribeError,
@@ -397,16 +396,22 @@ def test_connect_during_an_outage_waits_for_the_connection(make_client, broker):
     assert client.connected
 
 
-def test_connect_and_disconnect_at_once_leave_a_client_that_works(make_client, broker):
-    """Whichever comes last: a connect that returned is followed by a client that takes messages."""
-    client = make_client(broker.url)
-    for _ in range(20):
-        client.connect()
-        leaving = in_thread(client.disconnect)
-        with contextlib.suppress(ClosedError):  # the disconnect came last
-            client.connect()
-        leaving.result(10)
-        client.connect()
+def test_connect_and_disconnect_at_once_leave_a_client_that_works(broker, monkeypatch):
+    """The end of the old connection does not refuse the messages of the new one."""
+    with MQTTClient(broker.url, "me") as client:
+        session, connecting = client._engine._session, []
+        leave = session.leave
+
+        def leave_slowly(timeout):
+            monkeypatch.undo()
+            ended = leave(timeout)
+            connecting.append(in_thread(client.connect))
+            time.sleep(0.3)  # the other thread goes as far as it is let
+            return ended
+
+        monkeypatch.setattr(session, "leave", leave_slowly)
+        client.disconnect()
+        connecting[0].result(10)
         client.publish("a", "x", qos=1)
 
 

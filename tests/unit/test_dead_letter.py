@@ -40,7 +40,9 @@ class FakeOutlet:
 @pytest.mark.parametrize("refusal", [QueueFullError("full"), OutboxError("the disk is full")])
 def test_it_waits_for_room_and_the_message_with_it(refusal: Exception) -> None:
     outlet, over = FakeOutlet(refusal), []
-    DeadLetters("dead/{topic}", "a", outlet).bury(Delivery(Message("a", b""), None), lambda: over.append(1))
+    DeadLetters("dead/{topic}", "a", outlet, "me").bury(
+        Delivery(Message("a", b""), None), lambda: over.append(1)
+    )
     assert (outlet.sent, over) == ([], [])
     outlet.later.pop()()
     outlet.sent[0]._settle()
@@ -48,10 +50,13 @@ def test_it_waits_for_room_and_the_message_with_it(refusal: Exception) -> None:
     assert outlet.dropped == [False]
 
 
-def test_one_that_no_room_is_large_enough_for_is_given_up() -> None:
-    """Nothing that comes after the message would ever be acknowledged."""
+def test_one_that_no_room_is_large_enough_for_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that comes after the message would ever be acknowledged. The log says which client it was."""
     outlet, over = FakeOutlet(QueueFullError("too large", retriable=False)), []
-    DeadLetters("dead/{topic}", "a", outlet).bury(Delivery(Message("a", b""), None), lambda: over.append(1))
+    DeadLetters("dead/{topic}", "a", outlet, "me").bury(
+        Delivery(Message("a", b""), None), lambda: over.append(1)
+    )
     assert over == [1]
     assert outlet.dropped == [True]
     assert outlet.later == []
+    assert [record.client_id for record in caplog.records] == ["me"]  # type: ignore[attr-defined]

@@ -171,6 +171,7 @@ def test_a_fork_while_a_receipt_is_settled_leaves_the_child_able_to_settle_its_o
     with PublishReceipt._lock:
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(5)
             PublishReceipt(None, "a", 1)._settle()
             os._exit(0)
