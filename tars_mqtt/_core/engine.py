@@ -142,7 +142,8 @@ class Engine:
         began = not first.done()
         try:
             first.result(timeout)
-            self._await_connection(deadline)
+            if not began:  # the first connection was there, even if it is gone by now
+                self._await_connection(deadline)
         except FutureTimeoutError:
             reason = self._session.last_error
             if began:

@@ -421,3 +421,17 @@ def test_wait_connected_ends_with_a_shutdown(make_client):
     time.sleep(0.1)  # it waits by now, or will find the client shut down
     client.shutdown()
     assert waiting.result(5) is False
+
+
+def test_connect_returns_for_a_first_connection_that_is_lost_at_once(make_client):
+    """It came, and what becomes of it later is the reconnect's business."""
+
+    def take_over(connection):
+        connection.accept()
+        connection.send(mqtt.disconnect(0x8E))
+
+    with ScriptedBroker(take_over) as broker:
+        for _ in range(10):
+            client = make_client(broker.url, reconnect_max_delay=60, reconnect_min_delay=30)
+            client.connect(timeout=1)
+            client.shutdown()
