@@ -128,6 +128,8 @@ class Engine:
         try:
             if self._shutting_down.locked():
                 raise ClosedError("the client is being shut down: call connect() when that is over")
+            # Asked before the thread starts: its first connection may come and go before this one looks.
+            began = not self._session.running or self._first is None or not self._first.done()
             if not self._session.running:
                 self._open_outbox()
                 self.state.set(ConnectionState.CONNECTING)
@@ -139,7 +141,6 @@ class Engine:
         finally:
             self._lock.release()
         assert first is not None
-        began = not first.done()
         try:
             first.result(timeout)
             if not began:  # the first connection was there, even if it is gone by now
