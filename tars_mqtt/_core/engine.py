@@ -14,6 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from tars_mqtt._core.aside import Start
+from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.dispatch import Consumer, Dispatcher, Taken
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
@@ -74,15 +75,9 @@ class Engine:
         self._registry = Registry()
         self.deduplicator = _deduplicator(config)
         self.dispatcher = make_dispatcher(config, self.counters, self._wake, self._on_stuck_handler)
-        self._outbound = Outbound(
-            config.max_inflight,
-            config.max_queued,
-            config.max_queued_bytes,
-            self.counters,
-            self._wake,
-            config.client_id,
-        )
-        self._outbound.refuse(_not_started())
+        self._backlog = Backlog(config.max_queued, config.max_queued_bytes, self._wake)
+        self._outbound = Outbound(self._backlog, config.max_inflight, self.counters, config.client_id)
+        self._backlog.refuse(_not_started())
         self.health = Health(config, self._send_health)
         self._session = Session(config, self.state, self._registry, self._outbound, self.health, start_call)
         self._session.inbound = Inbound(
@@ -134,7 +129,7 @@ class Engine:
                 self._open_outbox()
                 self.state.set(ConnectionState.CONNECTING)
                 self.dispatcher.start()
-                self._outbound.open()
+                self._backlog.open()
                 self._session.inbound.open()
                 self._first = self._session.start()
             first = self._first
@@ -172,13 +167,13 @@ class Engine:
 
     def _open_outbox(self) -> None:
         config = self.config
-        if config.outbox is None or self._outbound.durable:
+        if config.outbox is None or self._backlog.durable:
             return
         from tars_mqtt.outbox import Outbox  # late: most services need no SQLite
 
         outbox = Outbox(config.outbox)
         spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age, config.client_id)
-        self._outbound.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
+        self._backlog.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
         if isinstance(self.deduplicator, DurableDeduplicator):
             self.deduplicator.attach(outbox, config.client_id)
 
@@ -198,7 +193,7 @@ class Engine:
                 return True
             ended = self._session.leave(timeout)
             if self.state.value not in (ConnectionState.CLOSING, ConnectionState.CLOSED):
-                self._outbound.refuse(_not_started())
+                self._backlog.refuse(_not_started())
                 self.state.set(ConnectionState.DISCONNECTED)
             return ended
 
@@ -212,7 +207,7 @@ class Engine:
         self.stop_network(max(0.0, deadline - time.monotonic()))
 
     def _say_goodbye(self, event: str, deadline: float) -> None:
-        if self.state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._outbound.online:
+        if self.state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._backlog.online:
             receipt = self.health.goodbye(event)
             if receipt is not None:
                 with contextlib.suppress(TarsMQTTError):
@@ -251,9 +246,9 @@ class Engine:
         self._session.inbound.close()
         if not self.dispatcher.wait_idle(left(2 * reserve), own, reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
-        self._outbound.refuse(ClosedError("the client was shut down: call connect() to use it again"))
+        self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.running:
-            self._outbound.wait_flushed(left(2 * reserve))
+            self._backlog.wait_flushed(left(2 * reserve))
             self._say_goodbye("shutdown", deadline - reserve)
             if not self._session.leave(left()):
                 logger.warning("shutdown: the network thread is stuck in the operating system", extra=extra)
@@ -283,11 +278,11 @@ class Engine:
 
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when a refused message is worth another try."""
-        self._outbound.when_room(callback)
+        self._backlog.when_room(callback)
 
     def never_mind(self, callback: Callable[[], None]) -> None:
         """Undo `when_room`."""
-        self._outbound.never_mind(callback)
+        self._backlog.never_mind(callback)
 
     def submit_event(
         self,
@@ -363,14 +358,14 @@ class Engine:
             receipt = PublishReceipt(envelope_id, topic, qos)
         else:
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
-        self._outbound.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
+        self._backlog.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
         return receipt
 
     def _send_health(self, message: Outgoing, ahead: bool, timeout: float) -> None:
         if ahead:
-            self._outbound.admit_first(message)
+            self._backlog.admit_first(message)
         else:
-            self._outbound.admit(message, timeout)
+            self._backlog.admit(message, timeout)
 
     # -- subscribing ------------------------------------------------------------------------
 
@@ -472,8 +467,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot of the counters."""
-        session, outbound = self._session, self._outbound
-        held, held_bytes, inflight = outbound.depths
+        session, outbound, backlog = self._session, self._outbound, self._backlog
         bytes_in, bytes_out = session.traffic
         return Stats(
             **self.counters.totals(),
@@ -486,9 +480,9 @@ class Engine:
             dropped=self.counters.dropped(),
             connections=session.connections,
             reconnects=max(0, session.connections - 1),
-            queued=held,
-            queued_bytes=held_bytes,
-            inflight=inflight,
+            queued=backlog.held,
+            queued_bytes=backlog.held_bytes,
+            inflight=outbound.inflight,
             pending=self.dispatcher.pending,
             last_error=session.last_error,
             ping_round_trip=session.ping_round_trip,

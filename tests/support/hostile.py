@@ -145,7 +145,7 @@ def besiege(
     session = engine._session
     for topic in FILTERS:
         engine.register(topic, 1, None, None, {})
-    engine._outbound.open()
+    engine._backlog.open()
     for qos in (1, 2):
         engine.submit("mine", b"x", qos, False, 0)
     wire = Wire(slices, reads)

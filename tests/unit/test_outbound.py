@@ -11,6 +11,7 @@ import attrs
 import pytest
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.outbound import _ENOUGH_UNSENT, Outbound
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.stats import Counters
@@ -33,9 +34,8 @@ class Harness:
         self.counters = Counters()
         self.wakes = 0
         self.clock = FakeClock()
-        self.outbound = Outbound(
-            max_inflight, max_queued, max_queued_bytes, self.counters, self.wake, clock=self.clock
-        )
+        self.backlog = Backlog(max_queued, max_queued_bytes, self.wake)
+        self.outbound = Outbound(self.backlog, max_inflight, self.counters, clock=self.clock)
         self.v5 = True
         self.more = False
 
@@ -55,7 +55,7 @@ class Harness:
 
     def submit(self, payload: bytes = b"x", qos: int = 1, timeout: float | None = 0, **options) -> Outgoing:
         message = outgoing(payload, qos, **options)
-        self.outbound.admit(message, timeout)
+        self.backlog.admit(message, timeout)
         return message
 
     def pump(self, unsent_bytes: int = 0) -> list[mqtt.Packet]:
@@ -81,7 +81,7 @@ class Harness:
         return self.outbound.acknowledged(kind, message.packet_id, reason)
 
     def held(self) -> tuple[int, int]:
-        return self.outbound.depths[:2]
+        return self.backlog.held, self.backlog.held_bytes
 
 
 class Reader:
@@ -145,7 +145,7 @@ def test_qos_0_without_a_connection_is_refused_and_not_kept(harness: Harness) ->
 def test_nothing_is_admitted_after_a_refusal_until_it_is_open_again(harness: Harness, qos: int) -> None:
     """Not even while the connection still stands: nobody would tell what became of it."""
     refusal = ClosedError("the client was shut down")
-    harness.outbound.refuse(refusal)
+    harness.backlog.refuse(refusal)
     raised = []
     for _ in range(2):
         with pytest.raises(ClosedError, match="shut down") as caught:
@@ -154,7 +154,7 @@ def test_nothing_is_admitted_after_a_refusal_until_it_is_open_again(harness: Har
     assert raised[0] is not raised[1], "each caller has an error of its own"
     assert refusal not in raised
     assert harness.held() == (0, 0)
-    harness.outbound.open()
+    harness.backlog.open()
     harness.submit(qos=qos)
 
 
@@ -218,13 +218,13 @@ def test_room_comes_free_however_a_message_ends() -> None:
     harness.submit()
     harness.outbound.abandon()
     assert harness.held() == (0, 0)
-    assert harness.outbound.depths == (0, 0, 0)
+    assert (harness.held(), harness.outbound.inflight) == ((0, 0), 0)
 
 
 def test_health_goes_first_and_needs_no_room() -> None:
     harness = Harness(max_queued=1)
     harness.submit(b"full")
-    harness.outbound.admit_first(outgoing(b"health"))
+    harness.backlog.admit_first(outgoing(b"health"))
     assert harness.held() == (2, 12)
     harness.connect()
     assert harness.payloads() == [b"health", b"full"]
@@ -243,9 +243,9 @@ def in_thread(
             outcomes.append(error)
 
     thread = threading.Thread(target=submit, daemon=True)
-    before = harness.outbound._waiting
+    before = harness.backlog._waiting
     thread.start()
-    eventually(lambda: harness.outbound._waiting == before + 1)
+    eventually(lambda: harness.backlog._waiting == before + 1)
     return thread
 
 
@@ -296,7 +296,7 @@ def test_a_shutdown_ends_the_wait_for_room(qos: int) -> None:
     harness.submit()
     outcomes: list[object] = []
     thread = in_thread(outcomes, harness, None, qos)
-    harness.outbound.refuse(ClosedError("shut down"))
+    harness.backlog.refuse(ClosedError("shut down"))
     thread.join(10)
     assert [type(outcome) for outcome in outcomes] == [ClosedError]
 
@@ -326,14 +326,14 @@ def test_whoever_may_not_block_is_called_when_there_is_room() -> None:
     harness.pump()
     called: list[str] = []
     for name in "abc":
-        harness.outbound.when_room(lambda name=name: called.append(name))
+        harness.backlog.when_room(lambda name=name: called.append(name))
     harness.acknowledge(messages[0])
     assert called == ["a"], "one for each message that left"
     harness.acknowledge(messages[1])
     assert called == ["a", "b"]
-    harness.outbound.refuse(ClosedError("shut down"))
+    harness.backlog.refuse(ClosedError("shut down"))
     assert called == ["a", "b", "c"]
-    harness.outbound.refuse(ClosedError("shut down"))
+    harness.backlog.refuse(ClosedError("shut down"))
     assert called == ["a", "b", "c"]
 
 
@@ -343,7 +343,7 @@ def test_a_lost_connection_calls_all_who_wait_for_room() -> None:
     harness.connect()
     called: list[int] = []
     for number in range(3):
-        harness.outbound.when_room(lambda number=number: called.append(number))
+        harness.backlog.when_room(lambda number=number: called.append(number))
     harness.disconnect()
     assert called == [0, 1, 2]
 
@@ -356,9 +356,9 @@ def test_who_no_longer_wants_room_leaves_his_turn_to_the_next() -> None:
     harness.pump()
     called: list[str] = []
     impatient, patient = (lambda: called.append("impatient")), (lambda: called.append("patient"))
-    harness.outbound.when_room(impatient)
-    harness.outbound.when_room(patient)
-    harness.outbound.never_mind(impatient)
+    harness.backlog.when_room(impatient)
+    harness.backlog.when_room(patient)
+    harness.backlog.never_mind(impatient)
     harness.acknowledge(message)
     assert called == ["patient"]
 
@@ -370,11 +370,11 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
     harness.pump()
     called: list[str] = []
     impatient, patient = (lambda: called.append("impatient")), (lambda: called.append("patient"))
-    harness.outbound.when_room(impatient)
-    harness.outbound.when_room(patient)
+    harness.backlog.when_room(impatient)
+    harness.backlog.when_room(patient)
     harness.acknowledge(message)
     assert called == ["impatient"]
-    harness.outbound.never_mind(impatient)
+    harness.backlog.never_mind(impatient)
     assert called == ["impatient", "patient"]
 
 
@@ -392,7 +392,7 @@ def test_no_more_than_a_window_is_unacknowledged(
     messages = [harness.submit(b"%d" % number) for number in range(6)]
     assert len(harness.pump()) == window
     assert harness.pump() == []
-    assert harness.outbound.depths[2] == window
+    assert harness.outbound.inflight == window
     harness.acknowledge(messages[0])
     assert harness.payloads() == [b"%d" % window]
 
@@ -727,7 +727,7 @@ def test_a_message_over_which_the_broker_hangs_up_is_found_and_fails_and_the_oth
     with pytest.raises(PublishRejectedError, match="closed the connection each of the 4 times"):
         messages[1].receipt.result(0)
     assert messages[0].receipt.result(0) == messages[2].receipt.result(0) == "id"
-    assert harness.outbound.depths == (0, 0, 0)
+    assert (harness.held(), harness.outbound.inflight) == ((0, 0), 0)
 
 
 def test_a_message_is_not_blamed_for_a_connection_that_we_gave_up() -> None:
@@ -779,15 +779,15 @@ def test_a_message_that_was_sent_cannot_be_taken_back(harness: Harness) -> None:
 
 
 def test_flushed_means_that_the_broker_has_everything(harness: Harness) -> None:
-    assert harness.outbound.wait_flushed(0)
+    assert harness.backlog.wait_flushed(0)
     message = harness.submit()
-    assert not harness.outbound.wait_flushed(0)
+    assert not harness.backlog.wait_flushed(0)
     harness.pump()
-    assert not harness.outbound.wait_flushed(0)
+    assert not harness.backlog.wait_flushed(0)
     outcomes: list[bool] = []
-    waiter = threading.Thread(target=lambda: outcomes.append(harness.outbound.wait_flushed(10)), daemon=True)
+    waiter = threading.Thread(target=lambda: outcomes.append(harness.backlog.wait_flushed(10)), daemon=True)
     waiter.start()
-    eventually(lambda: harness.outbound._waiting)
+    eventually(lambda: harness.backlog._waiting)
     harness.acknowledge(message)
     waiter.join(10)
     assert outcomes == [True]
@@ -798,7 +798,7 @@ def test_what_is_abandoned_fails_and_is_counted(harness: Harness) -> None:
     harness.pump()
     queued = harness.submit()
     harness.submit(qos=0)
-    harness.outbound.refuse(ClosedError("shut down"))
+    harness.backlog.refuse(ClosedError("shut down"))
     assert harness.outbound.abandon() == 2
     for message in (sent, queued):
         with pytest.raises(ClosedError, match="before the broker acknowledged"):

@@ -1,0 +1,327 @@
+"""The outgoing messages that wait for their turn: who may come in, and within which bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.outgoing import Outgoing, left_in_outbox
+from tars_mqtt.errors import (
+    ClosedError,
+    NotConnectedError,
+    OutboxError,
+    PublishRejectedError,
+    QueueFullError,
+)
+
+if TYPE_CHECKING:
+    from tars_mqtt._core.spool import Spool
+
+_LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
+"""Of topic and payload: two lengths and a packet id go with them in a PUBLISH."""
+
+
+class Backlog:
+    """Holds outgoing messages from their admission until the broker has them, and counts them.
+
+    Any thread puts in. The network thread takes out, at the left of `firm` and `lossy`, and says when a message
+    is `over`, which makes room for another.
+    """
+
+    def __init__(self, max_queued: int, max_queued_bytes: int, wake: Callable[[], None]) -> None:
+        self._max_queued = max_queued
+        self._max_queued_bytes = max_queued_bytes
+        self._wake = wake
+        self._spool: Spool | None = None
+        self._spool_most = self._spool_most_bytes = 0
+        # Guarded by _lock; the queues are also taken from, at their left end, by the network thread:
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0
+        self._callbacks: deque[Callable[[], None]] = deque()
+        self.firm: deque[Outgoing] = deque()
+        """QoS 1 and 2."""
+        self.lossy: deque[Outgoing] = deque()
+        """QoS 0."""
+        self._lossy_bytes = 0
+        self.held = 0
+        """Messages that are not over, those on their way included."""
+        self.held_bytes = 0
+        self._online = False
+        self._refusal: Exception | None = None
+
+    # -- any thread -------------------------------------------------------------------------
+
+    @property
+    def durable(self) -> bool:
+        """Whether there is an outbox."""
+        return self._spool is not None
+
+    @property
+    def online(self) -> bool:
+        """Whether there is a connection to send on."""
+        return self._online
+
+    def admit_first(self, message: Outgoing) -> None:
+        """Take a message ahead of all others and beyond the bounds. Does not block."""
+        with self._room:
+            self.firm.appendleft(message)
+            self.held += 1
+            self.held_bytes += message.size
+        self._wake()
+
+    def admit(self, message: Outgoing, timeout: float | None, wait_stored: bool = True) -> None:
+        """Take a message, or refuse it before anything is sent.
+
+        Args:
+            message: What to send; its topic and payload are checked already.
+            timeout: Seconds to wait for room; None waits for ever, 0 not at all.
+            wait_stored: Return when an outbox has it on disk. Otherwise it gets there before it is sent, and
+                its receipt fails if it does not: for a caller that may not block, and awaits the receipt.
+
+        Raises:
+            NotConnectedError: QoS 0 without a connection.
+            ClosedError: The client was shut down.
+            QueueFullError: No room came free in time.
+            PublishRejectedError: No packet can carry it.
+        """
+        size = len(message.topic) + len(message.payload)
+        if size > _LARGEST_BYTES:
+            raise PublishRejectedError(
+                f"the message of {size:,} bytes is larger than MQTT can carry, which is {_LARGEST_BYTES:,}: "
+                "send it in parts",
+                reason="packet too large",
+            )
+        with self._lock:  # not the condition around it, which is slower to enter
+            spool = self._spool if message.qos else None
+            if not self._fits(message.qos, size):
+                self._await_room(message, size, timeout)
+            if self._refusal is not None:
+                raise _fresh(self._refusal)
+            if not message.qos:
+                if not self._online:
+                    raise _offline()
+                self.lossy.append(message)
+                self._lossy_bytes += size
+            elif spool is None:
+                self.firm.append(message)
+            self.held += 1
+            self.held_bytes += size
+        if spool is not None:
+            if not wait_stored:
+                spool.store_soon(message, self._stored_late, self._not_stored)
+                return
+            try:
+                spool.store(message, self._stored)
+            except OutboxError:
+                self.freed(1, size)
+                raise
+        self._wake()
+
+    def _stored(self, message: Outgoing) -> None:
+        """A message is on disk: queue it, unless others that are only there come first."""
+        with self._room:
+            spool = self._spool
+            if spool is not None and spool.stays_in_memory(message, len(self.firm)):
+                self.firm.append(message)
+        if spool is None:
+            message.receipt._fail(left_in_outbox())
+
+    def _stored_late(self, message: Outgoing) -> None:
+        self._stored(message)
+        self._wake()
+
+    def _not_stored(self, message: Outgoing, error: OutboxError) -> None:
+        self.freed(1, message.size)
+        message.receipt._fail(error)
+
+    def _fits(self, qos: int, size: int) -> bool:
+        """Whether there is room for a message. Holds the lock."""
+        if self._spool is None:
+            return self.held < self._max_queued and self.held_bytes + size <= self._max_queued_bytes
+        if qos:
+            return self.held < self._spool_most and self.held_bytes + size <= self._spool_most_bytes
+        # The backlog on disk is no reason to refuse what takes up memory for a moment.
+        return len(self.lossy) < self._max_queued and self._lossy_bytes + size <= self._max_queued_bytes
+
+    def _await_room(self, message: Outgoing, size: int, timeout: float | None) -> None:
+        """Holds the lock, and gives it away while it waits."""
+
+        def room_or_refused() -> bool:
+            return (
+                self._fits(message.qos, size)
+                or self._refusal is not None
+                or (not message.qos and not self._online)
+            )
+
+        if size > (self._spool_most_bytes if self._spool and message.qos else self._max_queued_bytes):
+            raise QueueFullError(
+                f"the message of {size:,} bytes is larger than all that may be held: "
+                "raise max_queued_bytes, or outbox_max_bytes where there is an outbox",
+                retriable=False,
+            )
+        self._waiting += 1
+        try:
+            if not self._room.wait_for(room_or_refused, timeout):
+                raise QueueFullError(
+                    f"{self.held:,} outgoing messages with {self.held_bytes:,} bytes are held already: "
+                    "publish slower, or raise max_queued or max_queued_bytes (outbox_max_messages or "
+                    "outbox_max_bytes where there is an outbox)"
+                )
+        finally:
+            self._waiting -= 1
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Have *callback* called once, when it is worth trying again; for whoever may not block."""
+        with self._room:
+            self._callbacks.append(callback)
+
+    def never_mind(self, callback: Callable[[], None]) -> None:
+        """Undo `when_room`; where the call has come already, it goes to the next in line."""
+        try:
+            self._callbacks.remove(callback)
+        except ValueError:
+            self._call_back(1)
+
+    def _call_back(self, most: int) -> None:
+        """One callback for each message that left: no stampede for the same room."""
+        with contextlib.suppress(IndexError):  # another thread may take the last one
+            for _ in range(most):
+                self._callbacks.popleft()()
+
+    def attach(self, spool: Spool, most: int, most_bytes: int) -> None:
+        """Keep messages of QoS 1 and 2 in a durable outbox from now on, and send what lies there."""
+        with self._room:
+            self._spool = spool
+            self._spool_most = most
+            self._spool_most_bytes = most_bytes
+            self.held += spool.on_disk_only
+            self.held_bytes += spool.bytes_found
+
+    def open(self) -> None:
+        """Admit messages from now on."""
+        with self._room:
+            self._refusal = None
+
+    def refuse(self, reason: Exception) -> None:
+        """Admit nothing more."""
+        with self._room:
+            self._refusal = reason
+            self._room.notify_all()
+        self._call_back(len(self._callbacks))
+
+    def wait_flushed(self, timeout: float) -> bool:
+        """Wait until the broker has every message of QoS 1 and 2, and the network every other."""
+        with self._room:
+            self._waiting += 1
+            try:
+                return self._room.wait_for(lambda: not self.held, timeout)
+            finally:
+                self._waiting -= 1
+
+    # -- network thread ---------------------------------------------------------------------
+
+    def connected(self, interrupted: Iterable[Outgoing], resumed: bool) -> None:
+        """A connection is there: what was *interrupted* comes first again.
+
+        Args:
+            resumed: The broker still has the session in which it was sent.
+        """
+        with self._room:
+            self.firm.extendleft(reversed(tuple(interrupted)))
+            if not resumed:
+                # The broker forgot: nothing of it is a repetition, and no release is awaited. Not only what
+                # the last connection interrupted: an earlier one's may not have had its turn since.
+                for message in self.firm:
+                    message.sent = message.received = False
+            self._online = True
+
+    def disconnected(self) -> int:
+        """The connection is gone, and with it all of QoS 0; returns how many there were."""
+        with self._room:
+            self._online = False
+            lost = len(self.lossy)
+            self.held -= lost
+            self.held_bytes -= self._lossy_bytes
+            self._lossy_bytes = 0
+            self.lossy.clear()
+            self._room.notify_all()
+        self._call_back(len(self._callbacks))
+        return lost
+
+    def too_old(self, message: Outgoing) -> bool:
+        """Whether *message* has waited in the outbox for too long."""
+        return self._spool is not None and self._spool.too_old(message)
+
+    def load_more(self) -> None:
+        """Have more read of what is on disk, if memory runs low of it."""
+        if self._spool is not None and self._spool.wants_more(len(self.firm)):
+            with self._room:
+                self._spool.load(self._loaded)
+
+    def _loaded(self, messages: list[Outgoing]) -> None:
+        """More of what is on disk. Timer thread."""
+        with self._room:
+            if self._spool is None:
+                return
+            self.firm.extend(messages)
+            self._spool.entered(messages)
+        self._wake()
+
+    def over(self, message: Outgoing) -> None:
+        """A message of QoS 1 or 2 needs nothing more."""
+        if self._spool is not None:
+            self._spool.discard(message)
+        self.freed(1, message.size)
+
+    def freed(self, count: int, size: int, lossy: int = 0) -> None:
+        with self._lock:
+            self.held -= count
+            self.held_bytes -= size
+            self._lossy_bytes -= lossy
+            if self._waiting:
+                self._room.notify_all()
+        if self._callbacks:
+            self._call_back(count)
+
+    # -- after the network thread -----------------------------------------------------------
+
+    def abandon(self, in_flight: Iterable[Outgoing]) -> tuple[int, int]:
+        """Give up what is held, *in_flight* included; returns how many of QoS 1 and 2, and of QoS 0, are lost."""
+        if self._spool is not None:
+            self._spool.flush()
+        with self._room:
+            # What was taken back is done already.
+            lost = [message for message in (*in_flight, *self.firm) if not message.receipt.done()]
+            lossy = len(self.lossy)
+            spool, self._spool = self._spool, None
+            self.firm.clear()
+            self.lossy.clear()
+            self.held = self.held_bytes = self._lossy_bytes = 0
+            self._room.notify_all()
+        if spool is not None:
+            spool.close()
+            for message in lost:
+                message.receipt._fail(left_in_outbox())
+            lost = [message for message in lost if message.stored is None]
+        for message in lost:
+            message.receipt._fail(
+                ClosedError("the client was shut down before the broker acknowledged the message")
+            )
+        return len(lost), lossy
+
+
+def _offline() -> NotConnectedError:
+    return NotConnectedError(
+        "there is no connection to the broker: a message of QoS 0 would be lost; "
+        "publish with qos=1 to have it wait, or call wait_connected() first"
+    )
+
+
+def _fresh(error: Exception) -> Exception:
+    """Each waiter gets its own instance."""
+    return type(error)(*error.args)
