@@ -1,0 +1,370 @@
+"""What waits on the way out: what is admitted, within which bounds, and what becomes of it in the end."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tars_mqtt._core import wire
+from tars_mqtt._core.outgoing import Outgoing
+from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID
+from tars_mqtt.errors import ClosedError, NotConnectedError, QueueFullError
+from tests.support import eventually
+from tests.support.way_out import Harness, outgoing
+
+
+@pytest.fixture
+def harness() -> Harness:
+    harness = Harness()
+    harness.connect()
+    return harness
+
+
+# -- admission ----------------------------------------------------------------------------
+
+
+def test_what_is_admitted_is_written_and_the_network_thread_is_woken(harness: Harness) -> None:
+    message = harness.submit(b"hello", qos=1, retain=True)
+    assert harness.wakes == 1
+    (publish,) = harness.publishes()
+    assert publish == ("t", b"hello", 1, True, False, message.packet_id, {})
+    assert not message.receipt.done()
+    harness.acknowledge(message)
+    assert message.receipt.result(0) == "id"
+    assert harness.outbound.acknowledgements == harness.outbound.messages == 1
+
+
+def test_packet_ids_are_above_those_of_paho(harness: Harness) -> None:
+    message = harness.submit()
+    harness.pump()
+    assert message.packet_id > LAST_PAHO_PACKET_ID
+
+
+def test_qos_1_and_2_wait_for_a_connection_in_order() -> None:
+    harness = Harness()
+    for number in range(3):
+        harness.submit(b"%d" % number, qos=1 + number % 2)
+    assert harness.payloads() == [], "there is no connection to write to"
+    harness.connect()
+    assert harness.payloads() == [b"0", b"1", b"2"]
+
+
+def test_qos_0_without_a_connection_is_refused_and_not_kept(harness: Harness) -> None:
+    harness.disconnect()
+    with pytest.raises(NotConnectedError, match="publish with qos=1 to have it wait"):
+        harness.submit(qos=0)
+    assert harness.held() == (0, 0)
+
+
+@pytest.mark.parametrize("qos", [0, 1, 2])
+def test_nothing_is_admitted_after_a_refusal_until_it_is_open_again(harness: Harness, qos: int) -> None:
+    """Not even while the connection still stands: nobody would tell what became of it."""
+    refusal = ClosedError("the client was shut down")
+    harness.backlog.refuse(refusal)
+    raised = []
+    for _ in range(2):
+        with pytest.raises(ClosedError, match="shut down") as caught:
+            harness.submit(qos=qos)
+        raised.append(caught.value)
+    assert raised[0] is not raised[1], "each caller has an error of its own"
+    assert refusal not in raised
+    assert harness.held() == (0, 0)
+    harness.backlog.open()
+    harness.submit(qos=qos)
+
+
+# -- bounds -------------------------------------------------------------------------------
+
+
+def test_the_count_is_bounded_unacknowledged_messages_included() -> None:
+    harness = Harness(max_queued=2)
+    harness.connect()
+    first = harness.submit()
+    harness.submit()
+    harness.pump()
+    with pytest.raises(QueueFullError, match="2 outgoing messages with 4 bytes are held already"):
+        harness.submit()
+    harness.acknowledge(first)
+    harness.submit()
+    assert harness.held() == (2, 4)
+
+
+def test_the_bytes_are_bounded_topic_included() -> None:
+    harness = Harness(max_queued_bytes=100)
+    harness.submit(b"x" * 49, topic=b"a")
+    harness.submit(b"x" * 49, topic=b"b")
+    with pytest.raises(QueueFullError):
+        harness.submit(b"", topic=b"c")
+
+
+def test_a_message_larger_than_all_the_room_is_refused_at_once() -> None:
+    """Waiting would never help."""
+    harness = Harness(max_queued_bytes=100)
+    with pytest.raises(QueueFullError, match="raise max_queued_bytes"):
+        harness.submit(b"x" * 100, timeout=None)
+
+
+def test_room_comes_free_however_a_message_ends() -> None:
+    harness = Harness(max_queued=1, max_queued_bytes=100)
+    harness.connect(maximum_packet_size=50)
+    acknowledged = harness.submit()
+    harness.pump()
+    harness.acknowledge(acknowledged)
+    refused = harness.submit()
+    harness.pump()
+    harness.acknowledge(refused, 0x87)
+    completed = harness.submit(qos=2)
+    harness.pump()
+    harness.acknowledge(completed, kind=wire.PUBREC)
+    harness.acknowledge(completed, kind=wire.PUBCOMP)
+    not_taken = harness.submit(qos=2)
+    harness.pump()
+    harness.acknowledge(not_taken, 0x97, wire.PUBREC)
+    cancelled = harness.submit()
+    cancelled.receipt.cancel()
+    harness.pump()
+    harness.submit(qos=0)
+    harness.pump()
+    for qos in (0, 1):
+        harness.submit(b"x" * 60, qos=qos)
+        harness.pump()
+    harness.submit(qos=0)
+    harness.disconnect()
+    harness.submit()
+    harness.outbound.abandon()
+    assert harness.held() == (0, 0)
+    assert (harness.held(), harness.outbound.inflight) == ((0, 0), 0)
+
+
+def test_health_goes_first_and_needs_no_room() -> None:
+    harness = Harness(max_queued=1)
+    harness.submit(b"full")
+    harness.backlog.admit_first(outgoing(b"health"))
+    assert harness.held() == (2, 12)
+    harness.connect()
+    assert harness.payloads() == [b"health", b"full"]
+
+
+# -- waiting for room ---------------------------------------------------------------------
+
+
+def in_thread(
+    outcomes: list[object], harness: Harness, timeout: float | None, qos: int = 1
+) -> threading.Thread:
+    def submit() -> None:
+        try:
+            outcomes.append(harness.submit(b"late", qos=qos, timeout=timeout))
+        except Exception as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=submit, daemon=True)
+    before = harness.backlog._waiting
+    thread.start()
+    eventually(lambda: harness.backlog._waiting == before + 1)
+    return thread
+
+
+def test_a_caller_waits_for_room_and_gets_it() -> None:
+    harness = Harness(max_queued=1)
+    harness.connect()
+    first = harness.submit()
+    harness.pump()
+    outcomes: list[object] = []
+    thread = in_thread(outcomes, harness, None)
+    assert outcomes == []
+    harness.acknowledge(first)
+    thread.join(10)
+    assert [type(outcome) for outcome in outcomes] == [Outgoing]
+    assert harness.payloads() == [b"late"]
+
+
+def test_all_who_wait_get_room_in_time() -> None:
+    """Whatever order they wake in, nobody is forgotten."""
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    outcomes: list[object] = []
+    threads = [in_thread(outcomes, harness, None) for _ in range(5)]
+    for done in range(1, 6):
+        harness.acknowledge(message)
+        eventually(lambda done=done: len(outcomes) == done)
+        message = outcomes[-1]  # type: ignore[assignment]
+        harness.pump()
+    for thread in threads:
+        thread.join(10)
+    assert [type(outcome) for outcome in outcomes] == [Outgoing] * 5
+
+
+def test_a_wait_for_room_ends_with_its_time() -> None:
+    harness = Harness(max_queued=1)
+    harness.submit()
+    with pytest.raises(QueueFullError):
+        harness.submit(timeout=0.001)
+    assert harness.held() == (1, 2)
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_a_shutdown_ends_the_wait_for_room(qos: int) -> None:
+    harness = Harness(max_queued=1)
+    harness.connect()
+    harness.submit()
+    outcomes: list[object] = []
+    thread = in_thread(outcomes, harness, None, qos)
+    harness.backlog.refuse(ClosedError("shut down"))
+    thread.join(10)
+    assert [type(outcome) for outcome in outcomes] == [ClosedError]
+
+
+def test_a_lost_connection_ends_the_wait_of_qos_0_and_not_that_of_qos_1() -> None:
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    outcomes: list[object] = []
+    lossy = in_thread(outcomes, harness, None, qos=0)
+    firm = in_thread(outcomes, harness, None, qos=1)
+    harness.disconnect()
+    lossy.join(10)
+    assert [type(outcome) for outcome in outcomes] == [NotConnectedError]
+    harness.connect(resumed=True)
+    harness.pump()
+    harness.acknowledge(message)
+    firm.join(10)
+    assert type(outcomes[-1]) is Outgoing
+
+
+def test_whoever_may_not_block_is_called_when_there_is_room() -> None:
+    harness = Harness(max_queued=2)
+    harness.connect()
+    messages = [harness.submit(), harness.submit()]
+    harness.pump()
+    called: list[str] = []
+    for name in "abc":
+        harness.backlog.when_room(lambda name=name: called.append(name))
+    harness.acknowledge(messages[0])
+    assert called == ["a"], "one for each message that left"
+    harness.acknowledge(messages[1])
+    assert called == ["a", "b"]
+    harness.backlog.refuse(ClosedError("shut down"))
+    assert called == ["a", "b", "c"]
+    harness.backlog.refuse(ClosedError("shut down"))
+    assert called == ["a", "b", "c"]
+
+
+def test_a_lost_connection_calls_all_who_wait_for_room() -> None:
+    """Those with QoS 0 have to be told."""
+    harness = Harness()
+    harness.connect()
+    called: list[int] = []
+    for number in range(3):
+        harness.backlog.when_room(lambda number=number: called.append(number))
+    harness.disconnect()
+    assert called == [0, 1, 2]
+
+
+def test_who_no_longer_wants_room_leaves_his_turn_to_the_next() -> None:
+    """One that gave up must not use up the call that another one waits for."""
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    called: list[str] = []
+    impatient, patient = (lambda: called.append("impatient")), (lambda: called.append("patient"))
+    harness.backlog.when_room(impatient)
+    harness.backlog.when_room(patient)
+    harness.backlog.never_mind(impatient)
+    harness.acknowledge(message)
+    assert called == ["patient"]
+
+
+def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    called: list[str] = []
+    impatient, patient = (lambda: called.append("impatient")), (lambda: called.append("patient"))
+    harness.backlog.when_room(impatient)
+    harness.backlog.when_room(patient)
+    harness.acknowledge(message)
+    assert called == ["impatient"]
+    harness.backlog.never_mind(impatient)
+    assert called == ["impatient", "patient"]
+
+
+# -- shutdown -----------------------------------------------------------------------------
+
+
+def test_flushed_means_that_the_broker_has_everything(harness: Harness) -> None:
+    assert harness.backlog.wait_flushed(0)
+    message = harness.submit()
+    assert not harness.backlog.wait_flushed(0)
+    harness.pump()
+    assert not harness.backlog.wait_flushed(0)
+    outcomes: list[bool] = []
+    waiter = threading.Thread(target=lambda: outcomes.append(harness.backlog.wait_flushed(10)), daemon=True)
+    waiter.start()
+    eventually(lambda: harness.backlog._waiting)
+    harness.acknowledge(message)
+    waiter.join(10)
+    assert outcomes == [True]
+
+
+def test_what_is_abandoned_fails_and_is_counted(harness: Harness) -> None:
+    sent = harness.submit()
+    harness.pump()
+    queued = harness.submit()
+    harness.submit(qos=0)
+    harness.backlog.refuse(ClosedError("shut down"))
+    assert harness.outbound.abandon() == 2
+    for message in (sent, queued):
+        with pytest.raises(ClosedError, match="before the broker acknowledged"):
+            message.receipt.result(0)
+    assert harness.counters.dropped() == {"shutdown": 3}
+    harness.connect()
+    assert harness.pump() == []
+
+
+def test_what_was_taken_back_is_not_lost_with_a_shutdown() -> None:
+    harness = Harness()
+    harness.submit().receipt.cancel()
+    assert harness.outbound.abandon() == 0
+    assert harness.counters.dropped() == {}
+
+
+# -- many threads -------------------------------------------------------------------------
+
+
+def test_many_publishers_and_a_broken_connection_lose_and_swap_nothing() -> None:
+    """Each thread's messages leave in its order, with bounds small enough to be met all the time."""
+    harness = Harness(max_inflight=3, max_queued=5)
+    threads = [
+        threading.Thread(
+            target=lambda name=name: [harness.submit(b"%d %d" % (name, n), timeout=None) for n in range(60)],
+            daemon=True,
+        )
+        for name in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    harness.connect()
+    arrived: list[tuple[int, ...]] = []
+
+    def network() -> bool:
+        for number, publish in enumerate(harness.publishes()):
+            name = tuple(map(int, publish.payload.split()))
+            if name not in arrived:
+                arrived.append(name)
+            if number % 3 == 2:
+                harness.reconnect(resumed=True)
+                break
+            harness.outbound.acknowledged(wire.PUBACK, publish.packet_id, 0)
+        return len(arrived) == 180 and not harness.held()[0]
+
+    eventually(network, 30, interval=0)
+    for thread in threads:
+        thread.join(10)
+    for name in range(3):
+        assert [n for thread, n in arrived if thread == name] == list(range(60))
