@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextvars import ContextVar
+from typing import Any
 
 from tars_mqtt.errors import DecodeError
 from tars_mqtt.message import Message
@@ -13,6 +14,24 @@ __all__ = ["EnvelopeLogFilter", "current_message"]
 
 current_message: ContextVar[Message | None] = ContextVar("current_message", default=None)
 """The message whose handler is running, here or in what it called; None elsewhere."""
+
+
+def log_fields(message: Message, client_id: str) -> dict[str, Any]:
+    """The fields of a log record about *message*. What others wrote is printable."""
+    fields: dict[str, Any] = {
+        "client_id": client_id,
+        "topic": printable(message.topic),
+        "qos": message.qos,
+    }
+    try:
+        envelope = message.envelope
+    except DecodeError:
+        return fields
+    return fields | {
+        "event_type": printable(envelope.type),
+        "envelope_id": printable(envelope.id),
+        "correlation_id": envelope.correlation_id and printable(envelope.correlation_id),
+    }
 
 
 class EnvelopeLogFilter(logging.Filter):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import attrs
 
+from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.lane import Delivery, Lane
 from tars_mqtt._core.recovery import Outcome, Recovery
 from tars_mqtt._core.stats import Counters
@@ -47,6 +48,8 @@ class Consumer:
     limit: int
     """How many bursts may be in work at once; 0 where nobody is called, but an iterator takes."""
     handle: Handling | None
+    claims: Claims | None = None
+    """Of an iterator's deliveries; where a handler is called, that has them as well."""
     recovery: Recovery = attrs.field(factory=Recovery)
     arrived: Callable[[], None] | None = None
     """Called when there is something to take, or nothing will come any more; for an iterator on a loop."""
@@ -338,20 +341,28 @@ class Dispatcher:
         Raises:
             TimeoutError: Nothing came in time.
         """
-        with self._changed:
-            consumer.reader = threading.current_thread()
-            if not self._changed.wait_for(
-                lambda: len(consumer.lane) or consumer.closed or self.stopping, timeout
-            ):
-                consumer.reader = None
-                raise TimeoutError("no message came in time")
-            return self._next(consumer)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._changed:
+                consumer.reader = threading.current_thread()
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._changed.wait_for(
+                    lambda: len(consumer.lane) or consumer.closed or self.stopping, left
+                ):
+                    consumer.reader = None
+                    raise TimeoutError("no message came in time")
+                taken = self._next(consumer)
+            if taken is None or self._wanted(taken):
+                return taken
 
     def next_nowait(self, consumer: Consumer, reader: object) -> Taken | None:
         """Take one delivery if there is one; *reader* is the task that asks, and waits for it if not."""
-        with self._lock:
-            consumer.reader = reader
-            return self._next(consumer)
+        while True:
+            with self._lock:
+                consumer.reader = reader
+                taken = self._next(consumer)
+            if taken is None or self._wanted(taken):
+                return taken
 
     def _next(self, consumer: Consumer) -> Taken | None:
         batch = consumer.lane.take(1)
@@ -360,8 +371,20 @@ class Dispatcher:
         consumer.tokens += 1
         return Taken(Turn(consumer, self._life), batch[0])
 
+    def _wanted(self, taken: Taken) -> bool:
+        """Whether an iterator is to have it; a duplicate is over."""
+        claims = taken.turn.consumer.claims
+        if claims is None or claims.claim(taken.delivery):
+            return True
+        self._finish(taken.turn, [taken.delivery], 0, 0.0)
+        self._over(taken.delivery)
+        return False
+
     def finished(self, taken: Taken) -> None:
         """What `next` returned is handled."""
+        claims = taken.turn.consumer.claims
+        if claims is not None:
+            claims.keep(taken.delivery)
         self._finish(taken.turn, [taken.delivery], 1, 0.0)
         self._over(taken.delivery)
 

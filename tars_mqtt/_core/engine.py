@@ -15,6 +15,7 @@ from typing import Any
 
 from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backlog import Backlog
+from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.dispatch import Consumer, Dispatcher, Taken
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
@@ -385,21 +386,15 @@ class Engine:
         checked_options = checked(options, self.config.workers)
         recovery = self._recovery(topic, checked_options)
         config = self.config
-        handle = None
-        if call is not None:
-            handle = call(
-                handler,
-                self._registry.next_identity(topic),
-                self.counters,
-                self.deduplicator,
-                config.correlation,
-                config.client_id,
-            )
+        identity = self._registry.next_identity(topic)
+        claims = Claims(self.deduplicator, identity, config.correlation, self.counters, config.client_id)
+        handle = None if call is None else call(handler, claims, self.counters, config.client_id)
         order_by = checked_options["order_by"]
         consumer = Consumer(
             lane=Fifo() if order_by is None else Keyed(),
             limit=0 if handle is None else checked_options["concurrency"] or 1,
             handle=handle,
+            claims=claims,
             recovery=recovery,
         )
         key_of = order_by if callable(order_by) else _topic_of if order_by else None

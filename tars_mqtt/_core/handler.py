@@ -9,15 +9,14 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.stats import Counters
-from tars_mqtt.context import current_message
-from tars_mqtt.dedup import MessageDeduplicator
+from tars_mqtt.context import current_message, log_fields
 from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import DecodeError
 from tars_mqtt.message import Message
-from tars_mqtt.printable import printable
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -141,18 +140,14 @@ class HandlerCall:
     def __init__(
         self,
         handler: Handler,
-        identity: str,
+        claims: Claims,
         counters: Counters,
-        deduplicator: MessageDeduplicator | None,
-        correlation: typing.Literal["field", "id"],
         client_id: str,
     ) -> None:
         self.handler = handler
         self._convert = argument_of(handler)
-        self._identity = identity
+        self._claims = claims
         self._counters = counters
-        self._deduplicator = deduplicator
-        self._correlation = correlation
         self._client_id = client_id
 
     def __call__(self, delivery: Delivery) -> Outcome:
@@ -173,14 +168,14 @@ class HandlerCall:
     def begin(self, delivery: Delivery) -> tuple[Outcome | None, Any]:
         """Return the handler's argument, or how it came out without a call."""
         message = delivery.message
-        if self._deduplicator is not None and not self._claimed(delivery, self._deduplicator):
+        if not self._claims.claim(delivery):
             return Outcome.SKIPPED, None
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "handling a message of %r with %d bytes",
                 message.topic,
                 len(message.payload),
-                extra=self._extra(message),
+                extra=log_fields(message, self._client_id),
             )
         try:
             return None, self._convert(message)
@@ -189,26 +184,9 @@ class HandlerCall:
         except BaseException as error:
             return self.failed(delivery, error), None
 
-    def _claimed(self, delivery: Delivery, deduplicator: MessageDeduplicator) -> bool:
-        message = delivery.message
-        try:
-            claim = self._identity, message.envelope.dedup_key(self._correlation)
-        except DecodeError:
-            return True  # without an envelope there is no id to know it by
-        if deduplicator.claim(claim):
-            delivery.claim = claim
-            return True
-        self._counters.add("duplicates")
-        logger.debug("filtered a duplicate on %r", message.topic, extra=self._extra(message))
-        return False
-
-    def _keep(self, delivery: Delivery) -> None:
-        if delivery.claim is not None and self._deduplicator is not None:
-            self._deduplicator.keep(delivery.claim)
-
     def timed_out(self, delivery: Delivery, timeout: float) -> Outcome:
         """The handler did not return in time: the next attempt, or a redelivery, will be handled."""
-        self._release(delivery)
+        self._claims.release(delivery)
         message = delivery.message
         delivery.error = f"the handler did not return within {timeout:g} s"
         logger.warning(
@@ -216,7 +194,7 @@ class HandlerCall:
             self._name(),
             timeout,
             message.topic,
-            extra=self._extra(message),
+            extra=log_fields(message, self._client_id),
         )
         self._counters.add("handler_timeouts")
         return Outcome.FAILED
@@ -227,18 +205,14 @@ class HandlerCall:
             handler = handler.func
         return str(getattr(handler, "__qualname__", type(handler).__qualname__))
 
-    def _release(self, delivery: Delivery) -> None:
-        if delivery.claim is not None and self._deduplicator is not None:
-            self._deduplicator.release(delivery.claim)
-
     def succeeded(self, delivery: Delivery) -> Outcome:
         """The handler returned."""
-        self._keep(delivery)
+        self._claims.keep(delivery)
         return Outcome.HANDLED
 
     def failed(self, delivery: Delivery, error: BaseException) -> Outcome:
         """The handler raised: the next attempt, or a redelivery, will be handled."""
-        self._release(delivery)
+        self._claims.release(delivery)
         message = delivery.message
         delivery.error = _in_words(error)
         logger.error(
@@ -246,14 +220,14 @@ class HandlerCall:
             self._name(),
             message.topic,
             exc_info=error,
-            extra=self._extra(message),
+            extra=log_fields(message, self._client_id),
         )
         self._counters.add("handler_failures")
         return Outcome.FAILED
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
         """The payload is not what the handler asks for."""
-        self._keep(delivery)
+        self._claims.keep(delivery)
         message = delivery.message
         delivery.error = f"DecodeError: {error}"
         logger.warning(
@@ -261,23 +235,7 @@ class HandlerCall:
             message.topic,
             len(message.payload),
             error,
-            extra=self._extra(message),
+            extra=log_fields(message, self._client_id),
         )
         self._counters.add("decode_failures")
         return Outcome.UNDECODABLE
-
-    def _extra(self, message: Message) -> dict[str, Any]:
-        fields: dict[str, Any] = {
-            "client_id": self._client_id,
-            "topic": printable(message.topic),
-            "qos": message.qos,
-        }
-        try:
-            envelope = message.envelope
-        except DecodeError:
-            return fields
-        return fields | {
-            "event_type": printable(envelope.type),
-            "envelope_id": printable(envelope.id),
-            "correlation_id": envelope.correlation_id and printable(envelope.correlation_id),
-        }

@@ -487,6 +487,21 @@ def test_a_failed_handling_does_not_count_as_seen(make_client, broker: Broker) -
     assert len(calls) == 2
 
 
+def test_an_iterator_sees_an_id_once_as_well(make_client, shared_broker, unique):
+    """A duplicate is counted and acknowledged; what comes behind it comes."""
+    client = make_client(shared_broker.url, dedupe_ttl=60, dedupe_max_entries=100)
+    client.connect()
+    with client.messages(unique, 1) as messages:
+        first, second = (Envelope.new("n", number, source="me").to_bytes() for number in (1, 2))
+        for payload in (first, first, second):
+            client.publish(unique, payload, qos=1)
+        assert [messages.next(10).envelope.data for _ in range(2)] == [1, 2]
+        with pytest.raises(TimeoutError):
+            messages.next(0.1)
+        assert client.stats().duplicates == 1
+        assert client.stats().pending == 0
+
+
 # -- publishing -------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from tars_mqtt import Envelope, Message, MQTTClient
+from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.handler import HandlerCall, argument_of
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
@@ -77,7 +78,7 @@ def test_builtins_are_handlers_too() -> None:
 
 
 def called(handler: Callable[[Any], Any]) -> tuple[Outcome, Delivery]:
-    call = HandlerCall(handler, "a", Counters(), None, "field", "c")
+    call = HandlerCall(handler, Claims(None, "a", "field", Counters(), "c"), Counters(), "c")
     delivery = Delivery(Message("a", b""), None)
     return call(delivery), delivery
 
