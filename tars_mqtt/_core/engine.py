@@ -92,6 +92,7 @@ class Engine:
         self._source = config.source_name
         self._correlation = config.correlation
         self._forked = False
+        self._called_off = False
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
@@ -137,6 +138,8 @@ class Engine:
         finally:
             self._lock.release()
         assert first is not None
+        if self._called_off and not first.done():
+            self._session.interrupt()  # a signal came before there was anything to interrupt
         try:
             first.result(timeout)
             if not began:  # the first connection was there, even if it is gone by now
@@ -179,7 +182,8 @@ class Engine:
             self.deduplicator.attach(outbox, config.client_id)
 
     def call_off(self) -> None:
-        """Have a `connect` that waits end with `ClosedError`. For signal handlers too."""
+        """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
+        self._called_off = True
         if self._first is not None and not self._first.done():
             self._session.interrupt()
 
@@ -232,6 +236,7 @@ class Engine:
                 reader = reader or threading.current_thread()
                 self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, own, reader)
         finally:
+            self._called_off = False
             self._shutting_down.release()
 
     def _shutdown(self, deadline: float, reserve: float, own: int, reader: object) -> None:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tars_mqtt import (
+    ClosedError,
     ConnectError,
     ConnectionState,
     ConnectRefusedError,
@@ -435,3 +436,19 @@ def test_connect_returns_for_a_first_connection_that_is_lost_at_once(make_client
             client = make_client(broker.url, reconnect_max_delay=60, reconnect_min_delay=30)
             client.connect(timeout=1)
             client.shutdown()
+
+
+def test_a_connect_that_is_called_off_while_it_starts_ends(make_client, monkeypatch):
+    """A signal may come between the start of the network thread and whatever could be interrupted."""
+    client = make_client(f"mqtt://{HOST}:{free_port()}")
+    engine = getattr(client, "unwrapped", client)._engine
+    start = engine._session.start
+
+    def start_and_be_called_off():
+        first = start()
+        engine.call_off()
+        return first
+
+    monkeypatch.setattr(engine._session, "start", start_and_be_called_off)
+    with pytest.raises(ClosedError):
+        client.connect(timeout=20)
