@@ -53,6 +53,8 @@ class Inbound:
         self._v5 = True
         self._closing = False
         self.messages = 0
+        """Handed over so far: whoever sees one counted finds it pending, dropped or done."""
+        self._entered = 0
 
     @property
     def unacknowledged(self) -> int:
@@ -127,7 +129,7 @@ class Inbound:
             MalformedPacketError: It breaks the standard.
         """
         topic, payload, qos, retain, dup, packet_id, properties = wire.decode_publish(first, body, self._v5)
-        self.messages += 1
+        self._entered += 1
         if self._closing:
             # Unacknowledged: the broker delivers it to the next connection of this session.
             return
@@ -155,7 +157,7 @@ class Inbound:
             MalformedPacketError: It breaks the standard.
         """
         topic, _, qos, retain, dup, packet_id, _ = wire.decode_publish(wire.PUBLISH | first, head, v5=False)
-        self.messages += 1
+        self._entered += 1
         if not self._closing:
             self._give_up(Message(topic, b"", qos, retain, dup), packet_id)
 
@@ -170,6 +172,8 @@ class Inbound:
         if self._batches:
             batches, self._batches = self._batches, {}
             self._dispatcher.submit(batches)
+        self.messages += self._entered
+        self._entered = 0
 
     def acknowledgements(self) -> list[bytes]:
         """The acknowledgements that are due on this connection."""
