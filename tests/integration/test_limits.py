@@ -19,6 +19,7 @@ from tars_mqtt import (
     PublishRejectedError,
     SubscribeError,
 )
+from tars_mqtt._core import session
 from tests.support import ScriptedBroker, eventually, packet
 from tests.support.observer import Observer
 from tests.support.packet import PacketType, Property
@@ -125,8 +126,9 @@ def test_a_control_packet_without_end_is_refused() -> None:
             client.connect(timeout=2)
 
 
-def test_a_broker_that_wants_answers_and_reads_none_is_left(make_client, caplog) -> None:
+def test_a_broker_that_wants_answers_and_reads_none_is_left(make_client, monkeypatch, caplog) -> None:
     """They would fill our memory, one for each of its packets."""
+    monkeypatch.setattr(session, "_MOST_UNSENT_PACKETS", 10_000)
     flood = packet.pubrec(20_000) * 1000
 
     def play(connection: ScriptedConnection) -> None:
