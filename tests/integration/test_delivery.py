@@ -312,6 +312,7 @@ def test_concurrency_runs_so_many_at_once_and_order_by_keeps_order_per_key(
     make_client, broker: Broker, order_by
 ) -> None:
     lock, running, most = threading.Lock(), 0, 0
+    all_published = threading.Event()
     seen: dict[str, list[int]] = {"k/0": [], "k/1": [], "k/2": []}
 
     def handler(message: Message) -> None:
@@ -319,6 +320,7 @@ def test_concurrency_runs_so_many_at_once_and_order_by_keeps_order_per_key(
         with lock:
             running += 1
             most = max(most, running)
+        all_published.wait(30)
         time.sleep(0.02)
         with lock:
             running -= 1
@@ -330,6 +332,8 @@ def test_concurrency_runs_so_many_at_once_and_order_by_keeps_order_per_key(
     for number in range(8):
         for topic in seen:
             client.publish(topic, str(number), qos=1)
+    eventually(lambda: running == 3)
+    all_published.set()
     eventually(lambda: sum(map(len, seen.values())) == 24)
     assert most == 3
     if order_by is not None:

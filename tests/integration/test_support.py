@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Self
@@ -22,6 +24,8 @@ from tests.support import (
 )
 from tests.support import packet as mqtt
 from tests.support.port import HOST, free_port, is_listening
+
+ROOT = Path(__file__).parents[2]
 
 
 class Client:
@@ -82,6 +86,14 @@ def test_free_port_is_free_and_never_one_of_an_outgoing_connection():
         port = free_port()
         assert port < 32_768
         assert not is_listening(HOST, port)
+
+
+def test_a_port_is_given_once_on_the_whole_machine():
+    ask = "import sys; from tests.support import port; print(*map(port._reserve, map(int, sys.argv[1:])))"
+    given, other = free_port(), 1  # nobody is given port 1
+    command = [sys.executable, "-c", ask, str(given), str(other)]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert asked.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="the system does not list open files")
