@@ -273,6 +273,7 @@ async def test_concurrency_and_order_by_hold_for_tasks(broker: Broker) -> None:
     """As many tasks at once as allowed, and one at a time for each key."""
     running: list[str] = []
     most = 0
+    all_published = asyncio.Event()
     per_topic: dict[str, list[bytes]] = {"k/1": [], "k/2": [], "k/3": []}
 
     async def handler(message: Message) -> None:
@@ -280,6 +281,7 @@ async def test_concurrency_and_order_by_hold_for_tasks(broker: Broker) -> None:
         assert message.topic not in running
         running.append(message.topic)
         most = max(most, len(running))
+        await all_published.wait()
         await asyncio.sleep(0.02)
         running.remove(message.topic)
         per_topic[message.topic].append(message.payload)
@@ -289,6 +291,8 @@ async def test_concurrency_and_order_by_hold_for_tasks(broker: Broker) -> None:
         for number in range(5):
             for topic in per_topic:
                 await client.publish(topic, str(number), qos=1)
+        await until(lambda: len(running) == 2)
+        all_published.set()
         await until(lambda: all(len(seen) == 5 for seen in per_topic.values()))
     assert most == 2
     assert all(seen == [b"0", b"1", b"2", b"3", b"4"] for seen in per_topic.values())
