@@ -119,7 +119,10 @@ class Envelope:
         Raises:
             EncodeError: It cannot be written as JSON.
         """
-        return _write(self._document())
+        document = self._document()
+        if problem := _header_problem(document):
+            raise EncodeError(f"the envelope {problem}", "envelope")
+        return _write(document)
 
     def data_as(self, model: builtins.type[T]) -> T:
         """Return the data as an instance of *model*.
@@ -181,6 +184,10 @@ def encode_event(
             document["correlation_id"] = correlation_id
         elif correlation_id:
             document["id"] = envelope_id = correlation_id
+    elif event_type.__class__ is str and event_type:
+        return envelope_id, _write(document)  # the rest is ours, and right
+    if problem := _header_problem(document):
+        raise EncodeError(f"the envelope {problem}", "envelope")
     return envelope_id, _write(document)
 
 
@@ -190,8 +197,6 @@ _AS_IT_IS = (False, False, False, False, 0, False)
 
 
 def _write(document: dict[str, Any]) -> bytes:
-    if problem := _header_problem(document):
-        raise EncodeError(f"the envelope {problem}", "envelope")
     data = document["data"]
     if not is_plain(data):
         document["data"] = simplify(data)

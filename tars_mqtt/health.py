@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 
+from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.transport import Will
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.envelope import encode_event
-from tars_mqtt.errors import NotConnectedError, QueueFullError
+from tars_mqtt.errors import TarsMQTTError
 from tars_mqtt.message import PublishReceipt
 from tars_mqtt.payload import (
     HEALTH_TYPE,
@@ -29,14 +29,11 @@ class Health:
     """Publishes the retained health status and the heartbeat of one client.
 
     `will`, `ready` and `tick` run on the network thread and do not block, the rest on any thread.
-
-    Args:
-        send: Queues a message: ahead of all others, or else waiting so many seconds for room.
     """
 
-    def __init__(self, config: MQTTClientConfig, send: Callable[[Outgoing, bool, float], None]) -> None:
+    def __init__(self, config: MQTTClientConfig, backlog: Backlog) -> None:
         self._config = config
-        self._send = send
+        self._backlog = backlog
         self._health_topic = health_topic(config.source_name)
         self._heartbeat_topic = heartbeat_topic(config.source_name)
         self._warned = False
@@ -82,11 +79,10 @@ class Health:
         return min(self._next_heartbeat, self._repeat_at)
 
     def _beat(self) -> None:
-        envelope_id, payload = self._encode(HEARTBEAT_TYPE, HeartbeatPayload().to_data())
-        receipt = PublishReceipt(envelope_id, self._heartbeat_topic, 0)
+        _, payload = self._encode(HEARTBEAT_TYPE, HeartbeatPayload().to_data())
         # One that cannot go out now is missed, as it should be.
-        with contextlib.suppress(NotConnectedError, QueueFullError):
-            self._send(Outgoing(self._heartbeat_topic.encode(), payload, 0, False, receipt), False, 0.0)
+        with contextlib.suppress(TarsMQTTError):
+            self._backlog.admit_lossy(self._heartbeat_topic.encode(), payload, False, 0.0)
 
     # -- any thread -------------------------------------------------------------------------
 
@@ -123,7 +119,10 @@ class Health:
         envelope_id, payload = self._encode(HEALTH_TYPE, state.to_data())
         receipt = PublishReceipt(envelope_id, self._health_topic, 1)
         message = Outgoing(self._health_topic.encode(), payload, 1, True, receipt)
-        self._send(message, timeout is None, timeout or 0.0)
+        if timeout is None:
+            self._backlog.admit_first(message)
+        else:
+            self._backlog.admit(message, timeout)
         self._state = state
         return receipt
 

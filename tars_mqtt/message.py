@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from types import MappingProxyType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.timeout import seconds
@@ -116,15 +116,8 @@ class PublishReceipt:
         self.envelope_id = envelope_id
         self.topic = topic
         self.qos = qos
-        self._state = _PENDING
+        self._state = _PENDING if qos else _DONE  # QoS 0 has no acknowledgement
         self._then: list[Callable[[PublishReceipt], None]] | BaseException | None = None
-
-    @classmethod
-    def _settled(cls, envelope_id: str | None, topic: str, qos: int) -> Self:
-        """A receipt whose message is on its way and needs no acknowledgement."""
-        receipt = cls(envelope_id, topic, qos)
-        receipt._state = _DONE
-        return receipt
 
     def done(self) -> bool:
         """Whether the outcome is known."""

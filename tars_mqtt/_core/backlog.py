@@ -19,6 +19,7 @@ from tars_mqtt.errors import (
 )
 
 if TYPE_CHECKING:
+    from tars_mqtt._core.event import Connack
     from tars_mqtt._core.spool import Spool
 
 _LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
@@ -45,13 +46,15 @@ class Backlog:
         self._callbacks: deque[Callable[[], None]] = deque()
         self.firm: deque[Outgoing] = deque()
         """QoS 1 and 2."""
-        self.lossy: deque[Outgoing] = deque()
-        """QoS 0."""
+        self.lossy: deque[bytes] = deque()
+        """QoS 0, as the packets that the connection of now is to send."""
         self._lossy_bytes = 0
         self.held = 0
         """Messages that are not over, those on their way included."""
         self.held_bytes = 0
-        self._online = False
+        self._limits: Connack | None = None
+        """What the broker of the connection takes; None without one."""
+        self._v5 = True
         self._refusal: Exception | None = None
 
     # -- any thread -------------------------------------------------------------------------
@@ -64,7 +67,7 @@ class Backlog:
     @property
     def online(self) -> bool:
         """Whether there is a connection to send on."""
-        return self._online
+        return self._limits is not None
 
     def admit_first(self, message: Outgoing) -> None:
         """Take a message ahead of all others and beyond the bounds. Does not block."""
@@ -75,7 +78,7 @@ class Backlog:
         self._wake()
 
     def admit(self, message: Outgoing, timeout: float | None, wait_stored: bool = True) -> None:
-        """Take a message, or refuse it before anything is sent.
+        """Take a message of QoS 1 or 2, or refuse it before anything is sent.
 
         Args:
             message: What to send; its topic and payload are checked already.
@@ -84,30 +87,19 @@ class Backlog:
                 its receipt fails if it does not: for a caller that may not block, and awaits the receipt.
 
         Raises:
-            NotConnectedError: QoS 0 without a connection.
             ClosedError: The client was shut down.
             QueueFullError: No room came free in time.
             PublishRejectedError: No packet can carry it.
         """
         size = len(message.topic) + len(message.payload)
-        if size > _LARGEST_BYTES:
-            raise PublishRejectedError(
-                f"the message of {size:,} bytes is larger than MQTT can carry, which is {_LARGEST_BYTES:,}: "
-                "send it in parts",
-                reason="packet too large",
-            )
+        _check_size(size)
         with self._lock:  # not the condition around it, which is slower to enter
-            spool = self._spool if message.qos else None
+            spool = self._spool
             if not self._fits(message.qos, size):
-                self._await_room(message, size, timeout)
+                self._await_room(message.qos, size, timeout)
             if self._refusal is not None:
                 raise _fresh(self._refusal)
-            if not message.qos:
-                if not self._online:
-                    raise _offline()
-                self.lossy.append(message)
-                self._lossy_bytes += size
-            elif spool is None:
+            if spool is None:
                 self.firm.append(message)
             self.held += 1
             self.held_bytes += size
@@ -118,8 +110,44 @@ class Backlog:
             try:
                 spool.store(message, self._stored)
             except OutboxError:
-                self.freed(1, size)
+                self._free(1, size)
                 raise
+        self._wake()
+
+    def admit_lossy(self, topic: bytes, payload: bytes, retain: bool, timeout: float | None) -> None:
+        """Take a message of QoS 0, or refuse it; see `admit`.
+
+        Its packet is made here: it can leave on the connection of now alone, and the network thread, which
+        serves all publishing threads, has less to do.
+
+        Raises:
+            NotConnectedError: There is no connection.
+            ClosedError, QueueFullError: As in `admit`.
+            PublishRejectedError: No packet can carry it, or the broker would not take it.
+        """
+        _check_size(len(topic) + len(payload))
+        with self._lock:
+            while True:
+                if self._refusal is not None:
+                    raise _fresh(self._refusal)
+                limits = self._limits
+                if limits is None:
+                    raise _offline()
+                packet = wire.encode_publish(topic, payload, 0, retain, False, 0, self._v5)
+                size = len(packet)
+                if self._fits(0, size):
+                    break
+                self._await_room(0, size, timeout)  # and look again: the connection may be another one
+            objection = limits.objection(0, retain, size)
+            if objection is None:
+                self.lossy.append(packet)
+                self._lossy_bytes += size
+                self.held += 1
+                self.held_bytes += size
+        if objection is not None:
+            raise PublishRejectedError(
+                f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
+            )
         self._wake()
 
     def _stored(self, message: Outgoing) -> None:
@@ -136,7 +164,7 @@ class Backlog:
         self._wake()
 
     def _not_stored(self, message: Outgoing, error: OutboxError) -> None:
-        self.freed(1, message.size)
+        self._free(1, message.size)
         message.receipt._fail(error)
 
     def _fits(self, qos: int, size: int) -> bool:
@@ -148,17 +176,13 @@ class Backlog:
         # The backlog on disk is no reason to refuse what takes up memory for a moment.
         return len(self.lossy) < self._max_queued and self._lossy_bytes + size <= self._max_queued_bytes
 
-    def _await_room(self, message: Outgoing, size: int, timeout: float | None) -> None:
+    def _await_room(self, qos: int, size: int, timeout: float | None) -> None:
         """Holds the lock, and gives it away while it waits."""
 
         def room_or_refused() -> bool:
-            return (
-                self._fits(message.qos, size)
-                or self._refusal is not None
-                or (not message.qos and not self._online)
-            )
+            return self._fits(qos, size) or self._refusal is not None or (not qos and self._limits is None)
 
-        if size > (self._spool_most_bytes if self._spool and message.qos else self._max_queued_bytes):
+        if size > (self._spool_most_bytes if self._spool and qos else self._max_queued_bytes):
             raise QueueFullError(
                 f"the message of {size:,} bytes is larger than all that may be held: "
                 "raise max_queued_bytes, or outbox_max_bytes where there is an outbox",
@@ -225,11 +249,13 @@ class Backlog:
 
     # -- network thread ---------------------------------------------------------------------
 
-    def connected(self, interrupted: Iterable[Outgoing], resumed: bool) -> None:
+    def connected(self, interrupted: Iterable[Outgoing], resumed: bool, limits: Connack, v5: bool) -> None:
         """A connection is there: what was *interrupted* comes first again.
 
         Args:
             resumed: The broker still has the session in which it was sent.
+            limits: What the broker takes.
+            v5: Whether the connection speaks MQTT 5.
         """
         with self._room:
             self.firm.extendleft(reversed(tuple(interrupted)))
@@ -238,12 +264,13 @@ class Backlog:
                 # the last connection interrupted: an earlier one's may not have had its turn since.
                 for message in self.firm:
                     message.sent = message.received = False
-            self._online = True
+            self._limits = limits
+            self._v5 = v5
 
     def disconnected(self) -> int:
         """The connection is gone, and with it all of QoS 0; returns how many there were."""
         with self._room:
-            self._online = False
+            self._limits = None
             lost = len(self.lossy)
             self.held -= lost
             self.held_bytes -= self._lossy_bytes
@@ -276,13 +303,28 @@ class Backlog:
         """A message of QoS 1 or 2 needs nothing more."""
         if self._spool is not None:
             self._spool.discard(message)
-        self.freed(1, message.size)
+        self._free(1, message.size)
 
-    def freed(self, count: int, size: int, lossy: int = 0) -> None:
+    def take_lossy(self, most: int) -> tuple[list[bytes], int]:
+        """Remove packets of QoS 0, about *most* bytes of them; returns them and how many bytes they are."""
+        lossy = self.lossy
+        with self._lock:
+            if self._lossy_bytes <= most:
+                packets, size = list(lossy), self._lossy_bytes
+                lossy.clear()
+            else:
+                packets, size = [], 0
+                while lossy and size < most:
+                    packets.append(lossy.popleft())
+                    size += len(packets[-1])
+            self._lossy_bytes -= size
+        self._free(len(packets), size)
+        return packets, size
+
+    def _free(self, count: int, size: int) -> None:
         with self._lock:
             self.held -= count
             self.held_bytes -= size
-            self._lossy_bytes -= lossy
             if self._waiting:
                 self._room.notify_all()
         if self._callbacks:
@@ -313,6 +355,16 @@ class Backlog:
                 ClosedError("the client was shut down before the broker acknowledged the message")
             )
         return len(lost), lossy
+
+
+def _check_size(size: int) -> None:
+    """Refuse what no packet can carry, of so many bytes in topic and payload."""
+    if size > _LARGEST_BYTES:
+        raise PublishRejectedError(
+            f"the message of {size:,} bytes is larger than MQTT can carry, which is {_LARGEST_BYTES:,}: "
+            "send it in parts",
+            reason="packet too large",
+        )
 
 
 def _offline() -> NotConnectedError:

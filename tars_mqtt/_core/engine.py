@@ -16,6 +16,7 @@ from typing import Any
 from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.claim import Claims
+from tars_mqtt._core.connector import MQTT_3_1_1, MQTT_5
 from tars_mqtt._core.dispatch import Consumer, Dispatcher, Taken
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
@@ -30,6 +31,7 @@ from tars_mqtt._core.spool import Spool
 from tars_mqtt._core.state import ConnectionState, StateCell
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import seconds
+from tars_mqtt._core.transport import Transport
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
 from tars_mqtt.dedup import DurableDeduplicator, MessageDeduplicator
@@ -75,12 +77,19 @@ class Engine:
         self.counters = Counters()
         self._registry = Registry()
         self.deduplicator = _deduplicator(config)
-        self.dispatcher = make_dispatcher(config, self.counters, self._wake, self._on_stuck_handler)
-        self._backlog = Backlog(config.max_queued, config.max_queued_bytes, self._wake)
+        transport = Transport(
+            config.client_id,
+            MQTT_3_1_1 if config.protocol == "3.1.1" else MQTT_5,
+            clean=config.session_expiry == 0,
+        )
+        self.dispatcher = make_dispatcher(config, self.counters, transport.wake, self._on_stuck_handler)
+        self._backlog = Backlog(config.max_queued, config.max_queued_bytes, transport.wake)
         self._outbound = Outbound(self._backlog, config.max_inflight, self.counters, config.client_id)
         self._backlog.refuse(_not_started())
-        self.health = Health(config, self._send_health)
-        self._session = Session(config, self.state, self._registry, self._outbound, self.health, start_call)
+        self.health = Health(config, self._backlog)
+        self._session = Session(
+            config, transport, self.state, self._registry, self._outbound, self.health, start_call
+        )
         self._session.inbound = Inbound(
             self._registry,
             self.dispatcher,
@@ -98,9 +107,6 @@ class Engine:
         self._first: Future[None] | None = None
         self._shutting_down = threading.Lock()
         _engines.add(self)
-
-    def _wake(self) -> None:
-        self._session.wake()
 
     @property
     def client(self) -> Any:
@@ -358,20 +364,14 @@ class Engine:
         if retain not in (True, False):  # the text "false" would count as true
             raise ValueError(f"retain must be True or False, not {retain!r}")
         if qos == 0:
-            receipt = PublishReceipt._settled(envelope_id, topic, 0)
-        elif qos in (1, 2):
-            qos = int(qos)  # 1.0 from somebody's YAML
-            receipt = PublishReceipt(envelope_id, topic, qos)
-        else:
+            self._backlog.admit_lossy(raw_topic, payload, bool(retain), timeout)
+            return PublishReceipt(envelope_id, topic, 0)
+        if qos not in (1, 2):
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
+        qos = int(qos)  # 1.0 from somebody's YAML
+        receipt = PublishReceipt(envelope_id, topic, qos)
         self._backlog.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
         return receipt
-
-    def _send_health(self, message: Outgoing, ahead: bool, timeout: float) -> None:
-        if ahead:
-            self._backlog.admit_first(message)
-        else:
-            self._backlog.admit(message, timeout)
 
     # -- subscribing ------------------------------------------------------------------------
 

@@ -64,6 +64,16 @@ class Connack:
     subscription_identifiers: bool = False
     keepalive: int | None = None
 
+    def objection(self, qos: int, retain: bool, packet_bytes: int) -> str | None:
+        """Why this broker would end the connection over such a PUBLISH, if it would."""
+        if self.maximum_packet_size is not None and packet_bytes > self.maximum_packet_size:
+            return f"packet too large: {packet_bytes:,} bytes, the broker takes {self.maximum_packet_size:,}"
+        if qos > self.maximum_qos:
+            return f"QoS not supported: the broker takes QoS {self.maximum_qos} at most"
+        if retain and not self.retain_available:
+            return "retain not supported by the broker"
+        return None
+
 
 @attrs.frozen
 class Suback:

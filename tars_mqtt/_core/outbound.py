@@ -78,7 +78,7 @@ class Outbound:
         self._window = min(self._max_inflight, connack.receive_maximum, _LAST_PACKET_ID - LAST_PAHO_PACKET_ID)
         interrupted = tuple(self._inflight.values())
         self._inflight.clear()
-        self._backlog.connected(interrupted, resumed)
+        self._backlog.connected(interrupted, resumed, connack, v5)
 
     def disconnected(self, by_broker: bool) -> None:
         """The connection is gone: QoS 0 that did not leave with it is lost, the rest stays."""
@@ -107,7 +107,7 @@ class Outbound:
             None,
         )
 
-    def pump(self, write: Callable[[bytes], None], unsent_bytes: int) -> bool:
+    def pump(self, write: Callable[[list[bytes]], None], unsent_bytes: int) -> bool:
         """Write what the window and the socket have room for; True when more could go right after."""
         if not unsent_bytes:
             self._lossy_unsent = 0
@@ -115,52 +115,42 @@ class Outbound:
         backlog = self._backlog
         if room > 0 and backlog.lossy:
             # Half of it: neither kind starves the other.
-            room -= self._pump_lossy(write, (room + 1) // 2)
+            packets, size = backlog.take_lossy((room + 1) // 2)
+            write(packets)
+            self.messages += len(packets)
+            self._lossy_unsent += len(packets)
+            room -= size
         suspicion = self.suspicion
+        packets = []
+        size = 0
         while (
-            room > 0
+            size < room
             and backlog.firm
             and len(self._inflight) < self._window
             and suspicion.may_send(backlog.firm[0], bool(self._inflight))
         ):
-            room -= self._send(backlog.firm.popleft(), write)
+            packet = self._packet(backlog.firm.popleft())
+            if packet is not None:
+                packets.append(packet)
+                size += len(packet)
+        if packets:
+            write(packets)
         backlog.load_more()
-        return room <= 0 or bool(backlog.lossy)
+        return room <= size or bool(backlog.lossy)
 
-    def _pump_lossy(self, write: Callable[[bytes], None], room: int) -> int:
-        lossy, v5 = self._backlog.lossy, self._v5
-        count = written = freed = 0
-        rejected: list[tuple[Outgoing, str]] = []
-        while lossy and written < room:
-            message = lossy.popleft()
-            freed += len(message.topic) + len(message.payload)
-            count += 1
-            packet = wire.encode_publish(message.topic, message.payload, 0, message.retain, False, 0, v5)
-            objection = self._objection(message, len(packet))
-            if objection:
-                rejected.append((message, objection))
-                continue
-            write(packet)
-            written += len(packet)
-        self.messages += count - len(rejected)
-        self._lossy_unsent += count - len(rejected)
-        self._backlog.freed(count, freed, lossy=freed)
-        for message, objection in rejected:
-            self._rejected(message, objection, None)
-        return written
-
-    def _send(self, message: Outgoing, write: Callable[[bytes], None]) -> int:
+    def _packet(self, message: Outgoing) -> bytes | None:
+        """What is to be sent of *message* now, if anything is."""
         if message.received:
             packet = wire.encode_ack(wire.PUBREL, message.packet_id)
         else:
             if not message.sent:
                 if not message.receipt._mark_sent():
                     self._backlog.over(message)  # taken back in time
-                    return 0
+                    return None
                 if self._backlog.too_old(message):
                     self._backlog.over(message)
                     self._rejected(message, "it waited in the outbox for longer than outbox_max_age", None)
-                    return 0
+                    return None
                 message.packet_id = self._next_packet_id()
             packet = wire.encode_publish(
                 message.topic,
@@ -171,19 +161,18 @@ class Outbound:
                 message.packet_id,
                 self._v5,
             )
-            objection = self._objection(message, len(packet))
+            objection = self._limits.objection(message.qos, message.retain, len(packet))
             if objection:
                 self._backlog.over(message)
                 self._rejected(message, objection, None)
-                return 0
+                return None
             self.messages += 1
             if message.sent:
                 self._counters.add("retried")
         message.sent = True
         self.suspicion.sent(message)
         self._inflight[message.packet_id] = message
-        write(packet)
-        return len(packet)
+        return packet
 
     def _next_packet_id(self) -> int:
         packet_id = self._packet_id
@@ -192,19 +181,6 @@ class Outbound:
             if packet_id not in self._inflight:
                 self._packet_id = packet_id
                 return packet_id
-
-    def _objection(self, message: Outgoing, packet_bytes: int) -> str | None:
-        """Why this broker would end the connection over this message, if it would."""
-        limits = self._limits
-        if limits.maximum_packet_size is not None and packet_bytes > limits.maximum_packet_size:
-            return (
-                f"packet too large: {packet_bytes:,} bytes, the broker takes {limits.maximum_packet_size:,}"
-            )
-        if message.qos > limits.maximum_qos:
-            return f"QoS not supported: the broker takes QoS {limits.maximum_qos} at most"
-        if message.retain and not limits.retain_available:
-            return "retain not supported by the broker"
-        return None
 
     def _rejected(self, message: Outgoing, reason: str, code: int | None) -> None:
         self._counters.add("rejected")

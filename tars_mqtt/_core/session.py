@@ -13,7 +13,7 @@ from typing import Protocol
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backoff import Backoff
-from tars_mqtt._core.connector import MQTT_3_1_1, MQTT_5, Connection, Connector, curable
+from tars_mqtt._core.connector import MQTT_5, Connection, Connector, curable
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.liveness import Liveness
 from tars_mqtt._core.outbound import Outbound
@@ -79,6 +79,7 @@ class Session:
     def __init__(
         self,
         config: MQTTClientConfig,
+        transport: Transport,
         state: StateCell,
         registry: Registry,
         outbound: Outbound,
@@ -89,11 +90,7 @@ class Session:
         self._state = state
         self._outbound = outbound
         self._companion = companion
-        self.transport = Transport(
-            config.client_id,
-            MQTT_3_1_1 if config.protocol == "3.1.1" else MQTT_5,
-            clean=config.session_expiry == 0,
-        )
+        self.transport = transport
         self._connector = Connector(config, self.transport, companion.will, start_call)
         self._subscriber = Subscriber(registry, self.transport, config.client_id)
         self.inbound: Inbound
@@ -161,10 +158,6 @@ class Session:
         """Bytes read and written, over all connections."""
         bytes_in, bytes_out = self.transport.traffic
         return self._bytes_in + bytes_in, self._bytes_out + bytes_out
-
-    def wake(self) -> None:
-        """Let the network thread look at its queues."""
-        self.transport.wake()
 
     def subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         """Have the broker asked for a filter; *waiter* is told the answer."""
@@ -324,7 +317,6 @@ class Session:
     def _serve(self, events: list[Event]) -> None:
         """Move packets until the connection is lost or the client leaves."""
         transport, inbound, outbound = self.transport, self.inbound, self._outbound
-        write = transport.write
         while True:
             for event in events:
                 self._on(event)
@@ -333,9 +325,8 @@ class Session:
                 break
             if self._commands:
                 self._run_commands()
-            for packet in inbound.acknowledgements():
-                write(packet)
-            more = outbound.pump(write, transport.unsent_bytes)
+            transport.write_all(inbound.acknowledgements())
+            more = outbound.pump(transport.write_all, transport.unsent_bytes)
             events = transport.poll(self._until_next_duty(), more)
         self._say_goodbye(self._leave_by)
 
@@ -453,7 +444,7 @@ class Session:
         transport = self.transport
         for packet in self.inbound.acknowledgements():
             transport.write(packet)
-        self._outbound.pump(transport.write, transport.unsent_bytes)
+        self._outbound.pump(transport.write_all, transport.unsent_bytes)
         transport.disconnect(deadline)
 
     def _lost(self, error: Exception | None, held: float) -> None:

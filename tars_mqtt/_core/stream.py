@@ -183,6 +183,11 @@ class Stream:
         self._outgoing.append(packet)
         self.outgoing_bytes += len(packet)
 
+    def write_all(self, packets: list[bytes]) -> None:
+        """Take whole packets."""
+        self._outgoing += packets
+        self.outgoing_bytes += sum(map(len, packets))
+
     @property
     def outgoing_packets(self) -> int:
         """How many packets wait for the next `flush`."""

@@ -193,6 +193,11 @@ class Transport:
         if self._stream is not None:
             self._stream.write(packet)
 
+    def write_all(self, packets: list[bytes]) -> None:
+        """Queue whole packets; the next `poll` sends them."""
+        if self._stream is not None:
+            self._stream.write_all(packets)
+
     @property
     def unsent_bytes(self) -> int:
         """Bytes that the socket has not taken yet."""

@@ -52,12 +52,15 @@ class Harness:
         self, payload: bytes = b"x", qos: int = 1, timeout: float | None = 0, **options: Any
     ) -> Outgoing:
         message = outgoing(payload, qos, **options)
-        self.backlog.admit(message, timeout)
+        if qos:
+            self.backlog.admit(message, timeout)
+        else:
+            self.backlog.admit_lossy(message.topic, payload, message.retain, timeout)
         return message
 
     def pump(self, unsent_bytes: int = 0) -> list[mqtt.Packet]:
         written: list[bytes] = []
-        self.more = self.outbound.pump(written.append, unsent_bytes)
+        self.more = self.outbound.pump(written.extend, unsent_bytes)
         suspicion = self.outbound.suspicion
         while suspicion.wants_answer or suspicion.look_again_at < math.inf:
             assert written == []
@@ -65,7 +68,7 @@ class Harness:
                 suspicion.answered()
             else:
                 self.clock.advance(1.0)
-            self.more = self.outbound.pump(written.append, unsent_bytes)
+            self.more = self.outbound.pump(written.extend, unsent_bytes)
         return [mqtt.read_packet(Reader(packet)) for packet in written]
 
     def publishes(self, unsent_bytes: int = 0) -> list[mqtt.Publish]:
@@ -91,5 +94,4 @@ class Reader:
 
 
 def outgoing(payload: bytes = b"x", qos: int = 1, retain: bool = False, topic: bytes = b"t") -> Outgoing:
-    make = PublishReceipt if qos else PublishReceipt._settled
-    return Outgoing(topic, payload, qos, retain, make("id", topic.decode(), qos))
+    return Outgoing(topic, payload, qos, retain, PublishReceipt("id", topic.decode(), qos))

@@ -317,14 +317,37 @@ def test_a_packet_larger_than_the_broker_takes_is_rejected_and_not_sent() -> Non
     harness = Harness()
     harness.connect(maximum_packet_size=20)
     fits = b"x" * (20 - 2 - 3 - 2 - 1)
-    too_large = [harness.submit(fits + b"x"), harness.submit(fits + b"xxx", qos=0)]
+    too_large = harness.submit(fits + b"x")
     harness.submit(fits)
     (publish,) = harness.publishes()
     assert publish.payload == fits
     with pytest.raises(PublishRejectedError, match="21 bytes, the broker takes 20") as caught:
-        too_large[0].receipt.result(0)
+        too_large.receipt.result(0)
     assert caught.value.code is None
-    assert harness.counters.totals()["rejected"] == 2
+    assert harness.counters.totals()["rejected"] == 1
+
+
+def test_qos_0_that_the_broker_would_not_take_is_rejected_at_once() -> None:
+    """Nobody holds a receipt that could tell it later."""
+    harness = Harness()
+    harness.connect(maximum_packet_size=20, retain_available=False)
+    fits = b"x" * (20 - 2 - 3 - 1)
+    harness.submit(fits, qos=0)
+    with pytest.raises(PublishRejectedError, match="21 bytes, the broker takes 20"):
+        harness.submit(fits + b"x", qos=0)
+    with pytest.raises(PublishRejectedError, match="retain not supported"):
+        harness.submit(b"", qos=0, retain=True)
+    assert harness.payloads() == [fits]
+    assert harness.held() == (0, 0)
+
+
+def test_qos_0_is_written_in_the_version_of_its_connection(harness: Harness) -> None:
+    """Two publishers at the same time as a reconnect: the packet is made for the connection that takes it."""
+    for v5 in (True, False):
+        harness.connect(v5)
+        harness.submit(b"%d" % v5, qos=0)
+        assert harness.payloads() == [b"%d" % v5]
+        harness.disconnect()
 
 
 def test_a_qos_that_the_broker_does_not_have_is_rejected() -> None:
