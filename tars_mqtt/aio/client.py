@@ -66,6 +66,7 @@ class MQTTClient:
     def _start_up(self, config: MQTTClientConfig) -> None:
         self._bridge = Bridge()
         self._engine = Engine(config, self._make_dispatcher, self._bridge.start_call)
+        self._publish_timeout = config.publish_timeout
         self._executor: ThreadPoolExecutor | None = None
         self._stop: asyncio.Event | None = None
         self._paho = PahoFace(self)
@@ -258,17 +259,16 @@ class MQTTClient:
         timeout: Timeout = DEFAULT,
     ) -> str:
         """Publish *data* in an `Envelope` and return its id. Cancelling stops the wait, not the send."""
-        limit = seconds(timeout, self.config.publish_timeout)
+        limit = seconds(timeout, self._publish_timeout)
         loop = self._on_loop()
-        started = loop.time()
-        receipt = await self._admitted(
-            lambda: self._engine.submit_event(
-                topic, event_type, data, correlation_id, qos, retain, 0.0, wait_stored=False
-            ),
-            limit,
-        )
+        started = loop.time() if qos else 0.0
+        event = topic, event_type, data, correlation_id, qos, retain, 0.0, False
+        try:
+            receipt = self._engine.submit_event(*event)
+        except QueueFullError as error:
+            receipt = await self._when_room(partial(self._engine.submit_event, *event), error, limit)
         if qos:
-            await receipt.result(_rest(limit, started, loop))
+            await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         return receipt.envelope_id or ""
 
     def submit_event(
@@ -306,13 +306,16 @@ class MQTTClient:
         timeout: Timeout = DEFAULT,
     ) -> None:
         """Publish raw bytes, or text as UTF-8, without an envelope."""
-        limit = seconds(timeout, self.config.publish_timeout)
+        limit = seconds(timeout, self._publish_timeout)
         loop = self._on_loop()
-        started = loop.time()
-        receipt = await self._admitted(
-            lambda: self._engine.submit(topic, payload, qos, retain, 0.0, wait_stored=False), limit
-        )
-        await receipt.result(_rest(limit, started, loop))
+        started = loop.time() if qos else 0.0
+        message = topic, payload, qos, retain, 0.0, False
+        try:
+            receipt = self._engine.submit(*message)
+        except QueueFullError as error:
+            receipt = await self._when_room(partial(self._engine.submit, *message), error, limit)
+        if qos:
+            await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
@@ -321,13 +324,12 @@ class MQTTClient:
         if receipt is not None:
             await PublishReceipt(receipt, self._bridge).result(self.config.publish_timeout)
 
-    async def _admitted(self, submit: Callable[[], CoreReceipt], limit: float | None) -> PublishReceipt:
-        """Submit, waiting for room as long as *limit* allows."""
-        try:
-            return PublishReceipt(submit(), self._bridge)
-        except QueueFullError as error:
-            if limit == 0 or not error.retriable:
-                raise
+    async def _when_room(
+        self, submit: Callable[[], CoreReceipt], error: QueueFullError, limit: float | None
+    ) -> CoreReceipt:
+        """Submit what was refused with *error* again, waiting for room as long as *limit* allows."""
+        if limit == 0 or not error.retriable:
+            raise error
         loop = asyncio.get_running_loop()
         deadline = None if limit is None else loop.time() + limit
         while True:
@@ -338,7 +340,7 @@ class MQTTClient:
             self._engine.when_room(tell)
             try:
                 # Room may have come free between the refusal and the registration.
-                return PublishReceipt(submit(), self._bridge)
+                return submit()
             except QueueFullError:
                 await room
                 in_time = deadline is None or loop.time() < deadline
@@ -349,7 +351,7 @@ class MQTTClient:
                     # Others wait for the same call.
                     self._engine.never_mind(tell)
             if not in_time:
-                return PublishReceipt(submit(), self._bridge)
+                return submit()
 
     # -- subscribing ------------------------------------------------------------------------
 
