@@ -129,9 +129,7 @@ class PublishReceipt:
 
     def cancel(self) -> bool:
         """Take the message back while it is unsent; False when it is too late."""
-        if not self._advance(_CANCELLED, only_from=(_PENDING,)):
-            return self._state == _CANCELLED
-        return True
+        return self._end(_CANCELLED, None, _PENDING) or self._state == _CANCELLED
 
     def result(self, timeout: float | None = None) -> str | None:
         """Wait for the broker's acknowledgement and return the envelope's id.
@@ -196,29 +194,30 @@ class PublishReceipt:
 
     def _mark_sent(self) -> bool:
         """The message is about to be sent, once more perhaps; False when it was taken back before."""
-        return self._advance(_SENT)
+        with self._lock:
+            if self._state > _SENT:
+                return False
+            self._state = _SENT
+            return True
 
     def _settle(self) -> None:
         """The broker has it."""
-        self._advance(_DONE)
+        self._end(_DONE, None, _SENT)
 
     def _fail(self, error: BaseException) -> None:
         """There will be no acknowledgement."""
-        self._advance(_DONE, error)
+        self._end(_DONE, error, _SENT)
 
-    def _advance(
-        self, state: int, error: BaseException | None = None, only_from: tuple[int, ...] = (_PENDING, _SENT)
-    ) -> bool:
+    def _end(self, state: int, error: BaseException | None, latest: int) -> bool:
+        """Go over to *state*, unless it has got further than *latest*."""
         with self._lock:
-            if self._state not in only_from:
+            if self._state > latest:
                 return False
-            callbacks = None
-            if state != _SENT:
-                callbacks = self._then
-                self._then = error
+            callbacks = self._then
+            self._then = error
             self._state = state  # last: whoever reads it without the lock finds the rest
-        if isinstance(callbacks, list):
-            for callback in callbacks:
+        if callbacks is not None:
+            for callback in callbacks:  # type: ignore[union-attr]  # it was not done before
                 callback(self)
         return True
 

@@ -299,11 +299,11 @@ class Backlog:
             self._spool.entered(messages)
         self._wake()
 
-    def over(self, message: Outgoing) -> None:
-        """A message of QoS 1 or 2 needs nothing more."""
+    def over(self, message: Outgoing, size: int) -> None:
+        """A message of QoS 1 or 2, of that *size*, needs nothing more."""
         if self._spool is not None:
             self._spool.discard(message)
-        self._free(1, message.size)
+        self._free(1, size)
 
     def take_lossy(self, most: int) -> tuple[list[bytes], int]:
         """Remove packets of QoS 0, about *most* bytes of them; returns them and how many bytes they are."""

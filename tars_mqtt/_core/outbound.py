@@ -57,6 +57,11 @@ class Outbound:
         """How many messages are unacknowledged on the wire. Any thread."""
         return len(self._inflight)
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether messages wait for the broker to acknowledge others."""
+        return len(self._inflight) >= self._window and bool(self._backlog.firm)
+
     def abandon(self) -> int:
         """Give up what is held; returns how many of QoS 1 and 2 there were. After the network thread."""
         in_flight = tuple(self._inflight.values())
@@ -99,7 +104,7 @@ class Outbound:
         if message is None:
             return
         del self._inflight[message.packet_id]
-        self._backlog.over(message)
+        self._backlog.over(message, message.size)
         self._rejected(
             message,
             f"the broker closed the connection each of the {message.strikes} times that it was sent; "
@@ -145,10 +150,10 @@ class Outbound:
         else:
             if not message.sent:
                 if not message.receipt._mark_sent():
-                    self._backlog.over(message)  # taken back in time
+                    self._backlog.over(message, message.size)  # taken back in time
                     return None
-                if self._backlog.too_old(message):
-                    self._backlog.over(message)
+                if message.stored is not None and self._backlog.too_old(message):
+                    self._backlog.over(message, message.size)
                     self._rejected(message, "it waited in the outbox for longer than outbox_max_age", None)
                     return None
                 message.packet_id = self._next_packet_id()
@@ -163,14 +168,15 @@ class Outbound:
             )
             objection = self._limits.objection(message.qos, message.retain, len(packet))
             if objection:
-                self._backlog.over(message)
+                self._backlog.over(message, message.size)
                 self._rejected(message, objection, None)
                 return None
             self.messages += 1
             if message.sent:
                 self._counters.add("retried")
         message.sent = True
-        self.suspicion.sent(message)
+        if message.strikes:
+            self.suspicion.sent(message)
         self._inflight[message.packet_id] = message
         return packet
 
@@ -223,13 +229,14 @@ class Outbound:
             self._settle(message, wire.PUBREC, reason)
             return None
         message.received = True
-        self.suspicion.acknowledged(message)
+        self.suspicion.acknowledged(message, message.size)
         return wire.encode_ack(wire.PUBREL, packet_id)
 
     def _settle(self, message: Outgoing, kind: int, reason: int) -> None:
         del self._inflight[message.packet_id]
-        self.suspicion.acknowledged(message)
-        self._backlog.over(message)
+        size = message.size
+        self.suspicion.acknowledged(message, size)
+        self._backlog.over(message, size)
         if reason >= 0x80:
             self._rejected(message, wire.reason_name(kind, reason), reason)
         else:

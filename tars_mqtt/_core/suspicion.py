@@ -56,7 +56,7 @@ class Suspicion:
         """Whether *message* may go now: no suspect goes with others, nor on an untried connection."""
         if self._alone is not None:
             return False
-        if not self._suspects(message):
+        if not message.strikes or not self._suspects(message):
             return True
         if message.strikes > 1 and not self._has_held():
             return False
@@ -85,10 +85,11 @@ class Suspicion:
         # What is known of larger messages clears the smaller ones.
         return message.strikes > 0 and message.size > self._largest
 
-    def acknowledged(self, message: Outgoing) -> None:
-        """The broker takes messages of this size."""
-        self.answered()
-        self._largest = max(self._largest, message.size)
+    def acknowledged(self, message: Outgoing, size: int) -> None:
+        """The broker takes messages of this *size*."""
+        self._answered = True
+        self.wants_answer = False
+        self._largest = max(self._largest, size)
         if message is self._alone:
             self._alone = None
 

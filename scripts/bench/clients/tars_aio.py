@@ -12,6 +12,8 @@ from bench.looped import LoopedClient
 from tars_mqtt import Envelope
 from tars_mqtt.aio import MQTTClient
 
+_MOST_QUEUED = 1_000
+
 
 class Looped(LoopedClient):
     def __init__(self, job: Job) -> None:
@@ -33,14 +35,14 @@ class Looped(LoopedClient):
             await self.publish(TOPIC, TYPE, data(number, self.note))
 
     async def publish_window(self) -> None:
-        job = self.job
-        unacknowledged: deque[Awaitable[Any]] = deque()
-        for number in range(job.messages):
-            if len(unacknowledged) == job.window:
-                await unacknowledged.popleft()
-            unacknowledged.append(self._client.submit_event(TOPIC, TYPE, data(number, self.note), qos=1))
-        while unacknowledged:
-            await unacknowledged.popleft()
+        # What is under way at once is limited by the client itself.
+        queued: deque[Awaitable[Any]] = deque()
+        for number in range(self.job.messages):
+            if len(queued) == _MOST_QUEUED:
+                await queued.popleft()
+            queued.append(self._client.submit_event(TOPIC, TYPE, data(number, self.note), qos=1))
+        while queued:
+            await queued.popleft()
 
     async def enqueue(self) -> list[Any]:
         job = self.job
