@@ -70,6 +70,27 @@ def _are_plain(values: Iterable[Any], depth: int) -> bool:
     return True
 
 
+def is_bounded(data: object) -> bool:
+    """Whether *data*, which is JSON as it was read, is plain, too: finite, and at most ``MAX_DEPTH`` levels deep."""
+    return _are_bounded((data,), MAX_DEPTH)
+
+
+def _are_bounded(values: Iterable[Any], depth: int) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is str or kind is int:
+            continue
+        if kind is float:
+            if value - value:  # as above
+                return False
+        elif kind is dict:
+            if not depth or not _are_bounded(value.values(), depth - 1):
+                return False
+        elif kind is list and (not depth or not _are_bounded(value, depth - 1)):
+            return False
+    return True
+
+
 def simplify(data: object) -> Any:
     """Do what :func:`plain` does the slow way, which copies, checks every string and number, and knows where."""
     try:

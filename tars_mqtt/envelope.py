@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 import ujson
 
-from tars_mqtt.data import MAX_DEPTH, is_plain, json_name, plain, simplify
+from tars_mqtt.data import MAX_DEPTH, is_bounded, is_plain, json_name, plain, simplify
 from tars_mqtt.errors import DecodeError, EncodeError
 
 __all__ = ["CorrelationMode", "Envelope", "encode_event"]
@@ -93,25 +93,32 @@ class Envelope:
                 else "a number or a nesting out of range"
             )
             raise DecodeError(f"the payload of {len(raw)} bytes is not JSON: {reason}") from None
-        if problem := _header_problem(document):
-            raise DecodeError(f"the payload of {len(raw)} bytes is not an envelope: it {problem}")
+        try:
+            envelope_id, event_type, ts, source, data = _HEADER(document)
+            correlation_id = document.get("correlation_id")
+        except (KeyError, TypeError):
+            raise _no_envelope(raw, _header_problem(document)) from None
+        # The usual in one condition, without a call; whatever is unusual is looked at again, and named.
+        if not (
+            ts.__class__ is float
+            and -_LARGEST <= ts <= _LARGEST
+            and envelope_id.__class__ is event_type.__class__ is source.__class__ is str
+            and envelope_id
+            and event_type
+            and (correlation_id is None or correlation_id.__class__ is str)
+        ):
+            if problem := _header_problem(document):
+                raise _no_envelope(raw, problem)
+            ts = float(ts)
         # Either an escape, or bytes that ujson takes although they are not UTF-8.
         if (0x5C in raw or 0xED in raw) and _SURROGATE(raw) and not _is_encodable(document):
             raise DecodeError(f"the payload of {len(raw)} bytes is not JSON: half of a surrogate pair")
-        data = document["data"]
-        if not is_plain(data):
+        if not is_bounded(data):
             raise DecodeError(
                 f"the data in the payload of {len(raw)} bytes is nested deeper than {MAX_DEPTH} levels, "
                 "or holds a number that is no finite double"
             )
-        return cls(
-            document["id"],
-            document["type"],
-            float(document["ts"]),
-            document["source"],
-            data,
-            document.get("correlation_id"),
-        )
+        return cls(envelope_id, event_type, ts, source, data, correlation_id)
 
     def to_bytes(self) -> bytes:
         """Write the envelope.
@@ -243,6 +250,10 @@ def _header_problem(document: Any) -> str | None:
     else:
         return None
     return f"has {json_name(document[wrong])} under {wrong!r}, which must be {_EXPECTED[wrong]}"
+
+
+def _no_envelope(raw: bytes, problem: str | None) -> DecodeError:
+    return DecodeError(f"the payload of {len(raw)} bytes is not an envelope: it {problem}")
 
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]").search

@@ -31,6 +31,8 @@ class Claims:
         counters: Counters,
         client_id: str,
     ) -> None:
+        self.wanted = deduplicator is not None
+        """Without, every `claim` is granted, and needs not be asked for."""
         self._deduplicator = deduplicator
         self._identity = identity
         self._correlation = correlation

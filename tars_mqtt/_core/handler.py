@@ -168,7 +168,7 @@ class HandlerCall:
     def begin(self, delivery: Delivery) -> tuple[Outcome | None, Any]:
         """Return the handler's argument, or how it came out without a call."""
         message = delivery.message
-        if not self._claims.claim(delivery):
+        if self._claims.wanted and not self._claims.claim(delivery):
             return Outcome.SKIPPED, None
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
@@ -207,7 +207,8 @@ class HandlerCall:
 
     def succeeded(self, delivery: Delivery) -> Outcome:
         """The handler returned."""
-        self._claims.keep(delivery)
+        if self._claims.wanted:
+            self._claims.keep(delivery)
         return Outcome.HANDLED
 
     def failed(self, delivery: Delivery, error: BaseException) -> Outcome:
