@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Hashable
-from hashlib import blake2b
 from operator import itemgetter
 from time import time as wall_clock
 from typing import Any, Literal, TypeVar
@@ -157,8 +156,7 @@ class Envelope:
         if mode == "field":
             return _key_part(self.id)
         text = ujson.dumps(self.data, ensure_ascii=False, sort_keys=True)
-        digest = blake2b(text.encode(), digest_size=16).digest()
-        return _key_part(self.id), _key_part(self.type), digest
+        return _key_part(self.id), _key_part(self.type), _digest(text, 16)
 
     def _document(self) -> dict[str, Any]:
         document = {"id": self.id, "type": self.type, "ts": self.ts, "source": self.source, "data": self.data}
@@ -169,7 +167,13 @@ class Envelope:
 
 def _key_part(text: str) -> str | bytes:
     """Keys are kept for long, and what others write into an envelope may be as large as a message."""
-    return text if len(text) <= 128 else blake2b(text.encode(), digest_size=32).digest()
+    return text if len(text) <= 128 else _digest(text, 32)
+
+
+def _digest(text: str, size: int) -> bytes:
+    from hashlib import blake2b  # late: it brings OpenSSL along
+
+    return blake2b(text.encode(), digest_size=size).digest()
 
 
 def encode_event(

@@ -13,9 +13,7 @@ import attrs
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Aside, Start
 from tars_mqtt._core.dial import LastingError, dial
-from tars_mqtt._core.proxy import dial_through
 from tars_mqtt._core.secret import Login, Secrets
-from tars_mqtt._core.tls import failure_of, secure
 from tars_mqtt._core.transport import (
     Connack,
     ConnectionLostError,
@@ -180,7 +178,7 @@ class Connector:
             deadline=deadline,
             dial=lambda: self._dial(url, deadline, interrupted),
             headers=headers,
-            secure=(lambda sock: secure(sock, url, config, deadline, interrupted)) if url.tls else None,
+            secure=(lambda sock: _secure(sock, url, config, deadline, interrupted)) if url.tls else None,
         )
         try:
             self._transport.open(request, interrupted)
@@ -189,6 +187,8 @@ class Connector:
             answer_by = deadline if last else now + (deadline - now) / 2
             connack, events = self._await_connack(answer_by, interrupted)
         except TLSAlertError as error:
+            from tars_mqtt._core.tls import failure_of  # late, as below
+
             raise failure_of(error.error, url, config) from error.error
         except (ConnectionLostError, wire.MalformedPacketError) as error:
             reason = str(error)
@@ -203,6 +203,8 @@ class Connector:
     def _dial(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
         if self._proxy is None or url.transport == "unix":
             return dial(url, deadline, interrupted)
+        from tars_mqtt._core.proxy import dial_through  # late: most connections need none
+
         return dial_through(self._proxy, url, deadline, interrupted)
 
     def _await_connack(self, deadline: float, interrupted: Callable[[], bool]) -> tuple[Connack, list[Event]]:
@@ -234,3 +236,15 @@ def _check(connack: Connack, url: BrokerURL) -> None:
             code=connack.code,
             retriable=retriable,
         )
+
+
+def _secure(
+    sock: socket.socket,
+    url: BrokerURL,
+    config: MQTTClientConfig,
+    deadline: float,
+    interrupted: Callable[[], bool],
+) -> socket.socket:
+    from tars_mqtt._core.tls import secure  # late: it takes a tenth of the time to import all the rest
+
+    return secure(sock, url, config, deadline, interrupted)

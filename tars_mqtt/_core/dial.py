@@ -6,7 +6,6 @@ import errno
 import os
 import selectors
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -110,7 +109,8 @@ def _name(address: object) -> str:
 
 def reason_of(error: Exception) -> str:
     """What went wrong, in the words of the operating system, or of OpenSSL."""
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.replace("_", " ").lower()
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.lower()
+    if not isinstance(error, OSError):
+        return str(error).lower()
+    if reason := getattr(error, "reason", None):  # of an ssl.SSLError
+        return str(reason).replace("_", " ").lower()
+    return (error.strerror or str(error)).lower()

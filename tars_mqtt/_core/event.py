@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import attrs
 
@@ -17,8 +18,7 @@ PAHO_PACKETS = frozenset((0x20, 0x90, 0xB0, 0xE0, 0xF0))
 """CONNACK, SUBACK, UNSUBACK, DISCONNECT and AUTH are paho's."""
 
 
-@attrs.frozen
-class Will:
+class Will(NamedTuple):
     """The message that the broker publishes when the connection breaks."""
 
     topic: str
@@ -75,31 +75,27 @@ class Connack:
         return None
 
 
-@attrs.frozen
-class Suback:
+class Suback(NamedTuple):
     """The answer to one SUBSCRIBE."""
 
     packet_id: int
     codes: tuple[int, ...]
 
 
-@attrs.frozen
-class Unsuback:
+class Unsuback(NamedTuple):
     """The answer to one UNSUBSCRIBE."""
 
     packet_id: int
 
 
-@attrs.frozen
-class Goodbye:
+class Goodbye(NamedTuple):
     """The broker ends the connection and says why (MQTT 5)."""
 
     code: int
     reason: str
 
 
-@attrs.frozen
-class Packets:
+class Packets(NamedTuple):
     """A run of message-flow packets, each its first byte and its body."""
 
     packets: list[tuple[int, bytes]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import selectors
 import socket
-import ssl
 from collections.abc import Callable
 
 from tars_mqtt._core.dial import await_ready
@@ -12,7 +11,7 @@ from tars_mqtt._core.dial import await_ready
 _MOST_HEAD_BYTES = 16_384
 """Of an HTTP answer."""
 
-_AGAIN = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_AGAIN = (BlockingIOError, InterruptedError)
 
 
 class Exchange:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from collections import deque
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dial import reason_of
+
+if TYPE_CHECKING:
+    import ssl  # not before it is needed: it takes a tenth of the import
 
 _RECEIVE_BYTES = 65_536
 """Below the size at which malloc maps fresh pages for every read."""
@@ -45,7 +47,7 @@ class TLSAlertError(ConnectionLostError):
 
 def is_alert(error: BaseException) -> TypeGuard[ssl.SSLError]:
     """Whether the peer says that it does not want to go on."""
-    return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
+    return isinstance(error, OSError) and "ALERT" in (getattr(error, "reason", None) or "")
 
 
 class _PassedOver:
@@ -117,7 +119,7 @@ class Stream:
             return self._split(data)
         try:
             data = self._socket.recv(_RECEIVE_BYTES)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, InterruptedError):
             return []
         except OSError as error:
             if is_alert(error):
@@ -204,7 +206,7 @@ class Stream:
                 self._unsent = memoryview(self._join())
             try:
                 sent = self._socket.send(self._unsent)
-            except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            except (BlockingIOError, InterruptedError):
                 self._full = True
                 return False
             except OSError as error:

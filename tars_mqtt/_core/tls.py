@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tars_mqtt._core.dial import LastingError, await_ready, reason_of
 from tars_mqtt.config import MQTTClientConfig
@@ -36,6 +37,22 @@ _OTHER_HOST = (62, 64)
 
 class TLSFailedError(LastingError):
     """One side does not trust the other, or they have no language in common."""
+
+
+class _Socket(ssl.SSLSocket):
+    """A TLS connection that says in the words of every other socket that nothing goes just now."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        try:
+            return super().recv(buflen, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        try:
+            return super().send(data, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
 
 
 def secure(
@@ -109,6 +126,7 @@ def _context(url: BrokerURL, config: MQTTClientConfig) -> ssl.SSLContext:
         raise ConfigError([f"{_named(config, 'tls_ca')} is no PEM file of CA certificates"]) from error
     except OSError as error:
         raise _unreadable(config, "tls_ca", error) from error
+    context.sslsocket_class = _Socket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if config.tls_cert is not None:
         _show_certificate(context, config)

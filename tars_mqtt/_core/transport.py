@@ -32,7 +32,6 @@ from tars_mqtt._core.stream import (
     Stream,
     TLSAlertError,
 )
-from tars_mqtt._core.websocket import upgrade
 
 if TYPE_CHECKING:
     from tars_mqtt._core.paho import Control
@@ -139,6 +138,8 @@ class Transport:
         if request.secure is not None:
             sock = request.secure(sock)
         if request.url.transport == "websockets":
+            from tars_mqtt._core.websocket import upgrade  # late: most connections need none of it
+
             sock = upgrade(sock, request.url, request.headers, request.deadline, interrupted)
         self._stream = Stream(sock, request.packet_limit, request.version == 5)
         self._interest = 0
