@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import attrs
 
@@ -63,8 +63,7 @@ class Consumer:
     """The thread or task that reads an iterator."""
 
 
-@attrs.frozen
-class Turn:
+class Turn(NamedTuple):
     """A consumer's turn to have a burst handled."""
 
     consumer: Consumer
@@ -287,7 +286,7 @@ class Dispatcher:
                 self._pending -= len(done)
                 self._postponed += len(rest)
                 # Under the lock: no timer is started once `stop` has ended it.
-                self.timer.call_later(delay, lambda: self._resume(attrs.evolve(turn, postponed=rest)))
+                self.timer.call_later(delay, lambda: self._resume(turn._replace(postponed=rest)))
                 self._changed.notify_all()
                 return
         self._counters.drop("shutdown", len(rest))
@@ -395,8 +394,7 @@ class Dispatcher:
             self._changed.notify_all()
 
 
-@attrs.frozen
-class Taken:
+class Taken(NamedTuple):
     """What an iterator has handed out."""
 
     turn: Turn
