@@ -85,7 +85,7 @@ def test_kill_9_of_a_publisher_loses_nothing_that_it_had_accepted(
         accepted |= {int(line.split()[1]) for line in lines if line.startswith("accepted ")}
     heir = make_client(network.url, client_id="publisher", outbox=path)
     heir.connect()
-    eventually(lambda: accepted <= set(numbers(listener.once)), 20)
+    eventually(lambda: accepted <= set(numbers(listener.once)))
     heard = numbers(listener.once)
     assert heard == sorted(heard), "in the order in which they were accepted"
     assert len(heard) == len(set(heard)), "under one id each"
@@ -188,7 +188,7 @@ def test_kill_9_of_a_subscriber_in_the_middle_of_its_handlers_loses_nothing(
         last = str(30 * life + 25) if life < 2 else "none"
         with Program(WORKER, make_client.colour, broker.url, path, last) as worker:
             if life == 0:
-                eventually(lambda: "Received SUBSCRIBE from worker" in broker.log, 20)
+                eventually(lambda: "Received SUBSCRIBE from worker" in broker.log)
                 for number in range(100):
                     boss.publish("work", str(number), qos=1)
             if life < 2:

@@ -297,7 +297,7 @@ def test_failing_handlers_and_a_failing_network_at_once_lose_nothing(make_client
             network.cut()
     for receipt in receipts:
         receipt.result(20)
-    eventually(lambda: set(handled) == set(range(60)), 20)
+    eventually(lambda: set(handled) == set(range(60)))
     assert list(dict.fromkeys(handled)) == list(range(60))
 
 

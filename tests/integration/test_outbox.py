@@ -46,7 +46,7 @@ def test_a_backlog_goes_out_in_order_after_the_outage(make_client, broker: Broke
     receipts = [client.submit_event("a", "n", number, qos=1) for number in range(3000)]
     assert client.stats().queued == 3000
     broker.start()
-    eventually(lambda: len(received) == 3000, 30)
+    eventually(lambda: len(received) == 3000, 60)
     assert numbers(received) == list(range(3000))
     assert receipts[-1].result(10) == receipts[-1].envelope_id
     eventually(lambda: client.stats().queued == 0)

@@ -198,7 +198,7 @@ def test_every_end_of_a_connection_is_noticed_at_once(make_client, broker, end):
         client.subscribe("a", received.append)
         client.connect()
         end(proxy)
-        eventually(lambda: client.stats().reconnects == 1 and client.connected, 5)
+        eventually(lambda: client.stats().reconnects == 1 and client.connected)
         client.publish("a", b"still here", qos=1)
         eventually(lambda: received == [b"still here"])
         client.shutdown()

@@ -75,7 +75,7 @@ def works(make_client: Any, doors: Doors, url: str, **settings: Any) -> None:
     with kept_awake(doors.broker):
         client.publish("large", large, qos=1)
         client.publish("echo", b"here", qos=1)
-        eventually(lambda: len(received) == 2, 20)
+        eventually(lambda: len(received) == 2)
     assert received == [large, b"here"]
 
 

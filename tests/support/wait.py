@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 def eventually(
     predicate: Callable[[], T],
-    timeout: float = 10.0,
+    timeout: float = 30.0,
     message: str | Callable[[], str] = "",
     *,
     interval: float = 0.005,
