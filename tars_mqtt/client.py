@@ -243,7 +243,7 @@ class MQTTClient:
             NotConnectedError: QoS 0 during an outage, or `connect` was not called.
             QueueFullError: No room came free in time; the message was not taken.
             AckTimeoutError: No acknowledgement in time; the message is still on its way.
-            PublishRejectedError: The broker refused it.
+            PublishRejectedError: The broker refused it, or no packet that it takes can carry it.
             ClosedError: The client was shut down.
         """
         limit = seconds(timeout, self.config.publish_timeout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -126,6 +125,8 @@ def _no_such_setting(name: str, known: Collection[str]) -> str:
 
 def _meant(name: str, known: Iterable[str]) -> str | None:
     """The one of *known* that a wrong name is most like, or else the shortest of which it is a part."""
+    import difflib  # late: names are right, as a rule
+
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     longer = sorted((one for one in known if name and name in one), key=len)
     return next(iter(close + longer), None)

@@ -6,7 +6,6 @@ to the password: in ``mqtt://user:secret`` it stands where the port should be.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from typing import Final, Literal, Self
 from urllib.parse import quote, unquote, unquote_to_bytes
@@ -284,6 +283,8 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _is_ipv6(text: str) -> bool:
+    import ipaddress  # late: few write one
+
     try:
         ipaddress.IPv6Address(text)
     except ValueError:
