@@ -115,7 +115,7 @@ class Outbound:
     def pump(self, write: Callable[[list[bytes]], None], unsent_bytes: int) -> bool:
         """Write what the window and the socket have room for; True when more could go right after."""
         if not unsent_bytes:
-            self._lossy_unsent = 0
+            self.all_sent()
         room = _ENOUGH_UNSENT - unsent_bytes
         backlog = self._backlog
         if room > 0 and backlog.lossy:
@@ -142,6 +142,10 @@ class Outbound:
             write(packets)
         backlog.load_more()
         return room <= size or bool(backlog.lossy)
+
+    def all_sent(self) -> None:
+        """All that was written has left: no QoS 0 is lost with the connection any more."""
+        self._lossy_unsent = 0
 
     def _packet(self, message: Outgoing) -> bytes | None:
         """What is to be sent of *message* now, if anything is."""

@@ -442,10 +442,10 @@ class Session:
 
     def _say_goodbye(self, deadline: float) -> None:
         transport = self.transport
-        for packet in self.inbound.acknowledgements():
-            transport.write(packet)
+        transport.write_all(self.inbound.acknowledgements())
         self._outbound.pump(transport.write_all, transport.unsent_bytes)
-        transport.disconnect(deadline)
+        if transport.disconnect(deadline):
+            self._outbound.all_sent()
 
     def _lost(self, error: Exception | None, held: float) -> None:
         """Leave everything as the next connection needs it."""

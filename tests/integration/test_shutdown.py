@@ -61,6 +61,26 @@ def test_shutdown_hands_qos_0_to_the_network(make_client, broker):
     eventually(lambda: len(received) == 500)
 
 
+def test_qos_0_that_leaves_with_the_goodbye_is_not_called_lost(make_client):
+    """The broker begins to read when the client is about to go."""
+    seen: list[PacketType] = []
+
+    def play(connection) -> None:
+        connection.accept()
+        time.sleep(0.3)
+        while PacketType.DISCONNECT not in seen:
+            seen.append(connection.read().type)
+
+    with ScriptedBroker(play) as broker:
+        client = make_client(broker.url)
+        client.connect()
+        client.publish("a", b"x" * 16_000_000)
+        client.shutdown()
+        eventually(lambda: PacketType.DISCONNECT in seen)
+    assert seen == [PacketType.PUBLISH, PacketType.DISCONNECT]
+    assert client.stats().dropped == {}
+
+
 def test_shutdown_lets_handlers_finish_and_acknowledges_what_they_did(make_client, broker):
     """What they publish on the way out goes out as well."""
     started = threading.Event()

@@ -309,6 +309,14 @@ def test_qos_0_that_had_left_is_not_counted_as_lost(harness: Harness) -> None:
     assert harness.counters.dropped() == {}
 
 
+def test_qos_0_that_left_with_the_goodbye_is_not_counted_as_lost(harness: Harness) -> None:
+    harness.submit(qos=0)
+    harness.pump()
+    harness.outbound.all_sent()
+    harness.disconnect(by_broker=False)
+    assert harness.counters.dropped() == {}
+
+
 # -- what can never be sent ---------------------------------------------------------------
 
 
