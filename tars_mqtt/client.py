@@ -141,7 +141,8 @@ class MQTTClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.shutdown()
+        if not self._engine.forked:  # a child that leaves the block has nothing to end here
+            self.shutdown()
 
     def run(self) -> None:
         """Connect if needed, serve until SIGINT or SIGTERM, then shut down.

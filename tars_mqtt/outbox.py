@@ -238,6 +238,9 @@ class Outbox:
             raise self._refused(error) from error
 
     def _connect(self) -> sqlite3.Connection:
+        with contextlib.suppress(OSError):  # SQLite says it better
+            # Messages are nobody else's business. What SQLite puts beside the file is as open as that is.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             # No other process may have the file, so no shared memory is needed beside it either.

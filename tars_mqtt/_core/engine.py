@@ -100,7 +100,8 @@ class Engine:
         )
         self._source = config.source_name
         self._correlation = config.correlation
-        self._forked = False
+        self.forked = False
+        """Whether this is the child of a fork, and the client its parent's."""
         self._called_off = False
         # Guarded by _lock:
         self._lock = threading.Lock()
@@ -117,7 +118,7 @@ class Engine:
 
     def check(self) -> None:
         """Refuse to work in a forked child, which has neither the threads nor the connection."""
-        if self._forked:
+        if self.forked:
             raise ClosedError(
                 "this client belongs to the parent of this forked process: make a new one after os.fork()"
             )
@@ -359,7 +360,7 @@ class Engine:
         timeout: float | None,
         wait_stored: bool,
     ) -> PublishReceipt:
-        if self._forked:
+        if self.forked:
             self.check()
         if retain not in (True, False):  # the text "false" would count as true
             raise ValueError(f"retain must be True or False, not {retain!r}")
@@ -455,7 +456,7 @@ class Engine:
 
     def abandon(self, registration: Registration, taken: Taken | None) -> None:
         """Nobody refers to an iterator any more. Takes no lock: the collector may call at any point."""
-        if not registration.consumer.closed and not self._forked:
+        if not registration.consumer.closed and not self.forked:
             self._session.call(lambda: self._abandoned(registration, taken))
 
     def _abandoned(self, registration: Registration, taken: Taken | None) -> None:
@@ -490,7 +491,7 @@ class Engine:
 
     def _after_fork_in_child(self) -> None:
         # No lock may be touched: another thread of the parent may have held it.
-        self._forked = True
+        self.forked = True
         self._session.transport.release_descriptors()
 
 

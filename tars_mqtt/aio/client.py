@@ -168,7 +168,8 @@ class MQTTClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.shutdown()
+        if not self._engine.forked:  # a child that leaves the block has nothing to end here
+            await self.shutdown()
 
     async def run(self) -> None:
         """Connect if needed, serve until SIGINT or SIGTERM, or until `shutdown`; then shut down."""

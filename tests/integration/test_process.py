@@ -276,6 +276,63 @@ FORK = {
 }
 
 
+FORK_IN_BLOCK = {
+    "sync": """
+        import os, warnings
+        from tars_mqtt import MQTTClient
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+
+        with MQTTClient(sys.argv[1], "parent") as client:
+            if os.fork() == 0:
+                raise SystemExit(7)
+            _, status = os.wait()
+            client.publish("a", b"still here", qos=1)
+            say("status", os.waitstatus_to_exitcode(status))
+        """,
+    "aio": """
+        import asyncio, os, warnings
+        from tars_mqtt.aio import MQTTClient
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+
+        async def leave(client):
+            try:
+                await client.__aexit__(None, None, None)
+            finally:
+                os._exit(7 if sys.exc_info()[0] is None else 1)
+
+        async def enter():
+            return await MQTTClient(sys.argv[1], "parent").__aenter__()
+
+        async def goodbye(client):
+            await client.publish("a", b"still here", qos=1)
+            await client.__aexit__(None, None, None)
+
+        loop = asyncio.new_event_loop()
+        client = loop.run_until_complete(enter())
+        if os.fork() == 0:
+            asyncio.run(leave(client))
+        _, status = os.wait()
+        loop.run_until_complete(goodbye(client))
+        loop.close()
+        say("status", os.waitstatus_to_exitcode(status))
+        """,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_leaves_the_block_of_its_parent_as_it_wants(colour, broker):
+    """What it raises is not hidden behind an error about a client that is not its own."""
+    with Program(FORK_IN_BLOCK[colour], broker.url) as program:
+        assert program.wait() == 0, program.output
+        output = program.output
+    assert "status 7" in output
+    assert "Traceback" not in output
+    assert broker.log.count("Sending CONNACK to parent") == 1
+    assert broker.log.count("Received DISCONNECT from parent") == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_is_told_at_once_and_the_parent_goes_on(colour, broker):
     """The child has neither the threads nor the connection; its own client works."""

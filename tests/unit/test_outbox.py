@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 import subprocess
 import sys
 import threading
@@ -139,6 +141,18 @@ def test_a_damaged_file_is_set_aside_and_reported(path: Path, caplog: pytest.Log
     (aside,) = path.parent.glob("outbox.db.damaged-*")
     assert aside.read_bytes().startswith(b"this was a database once")
     assert aside.name in caplog.text
+
+
+def test_what_it_writes_is_for_its_owner_alone(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        outbox = Outbox(path)
+        store(outbox)
+        modes = {found.name: stat.S_IMODE(found.stat().st_mode) for found in path.parent.glob("outbox.db*")}
+        outbox.close()
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("outbox.db", "outbox.db-wal"), 0o600)
 
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
