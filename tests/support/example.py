@@ -159,7 +159,9 @@ def running(example: Example, environment: Mapping[str, str]) -> Iterator[subpro
             return [text for text in example.prints if text not in output().splitlines()]
 
         def is_up() -> bool:
-            return process.poll() is not None or (not missing() and _awaits_signals(process.pid))
+            return process.poll() is not None or (
+                not missing() and _awaits_signals(process.pid) and _rests(process.pid)
+            )
 
         try:
             eventually(is_up, PATIENCE, lambda: f"{example} prints {missing()}:\n{output()}")
@@ -182,6 +184,26 @@ def _awaits_signals(pid: int) -> bool:
         return True
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
     return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def _rests(pid: int) -> bool:
+    """Whether a process has nothing more to do for now.
+
+    The programs of other clients are shown as well, and some miss a Ctrl-C while they connect: up to Python 3.11
+    ``asyncio.wait_for`` swallows a cancellation that comes together with the result.
+    """
+    path = Path(f"/proc/{pid}/stat")
+
+    def work() -> list[str]:
+        fields = path.read_text().rpartition(")")[2].split()
+        return [fields[0], *fields[11:13]]  # state, and processor time in user and in system mode
+
+    try:
+        before = work()
+        time.sleep(0.2)
+        return before == work() and before[0] == "S"
+    except OSError:  # it has ended, or the system does not tell
+        return True
 
 
 def run_program(example: Example, environment: Mapping[str, str]) -> None:
