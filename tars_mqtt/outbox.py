@@ -239,8 +239,9 @@ class Outbox:
 
     def _connect(self) -> sqlite3.Connection:
         with contextlib.suppress(OSError):  # SQLite says it better
-            # Messages are nobody else's business. What SQLite puts beside the file is as open as that is.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Messages are nobody else's business. What SQLite puts beside the file is as open as that is. Never
+            # a file that is there: closing it would take away the locks that this process has on it.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             # No other process may have the file, so no shared memory is needed beside it either.
