@@ -195,7 +195,7 @@ def encode_event(
             document["correlation_id"] = correlation_id
         elif correlation_id:
             document["id"] = envelope_id = correlation_id
-    elif event_type.__class__ is str and event_type:
+    elif event_type.__class__ is source.__class__ is str and event_type:
         return envelope_id, _write(document)  # the rest is ours, and right
     if problem := _header_problem(document):
         raise EncodeError(f"the envelope {problem}", "envelope")

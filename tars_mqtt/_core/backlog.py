@@ -135,10 +135,11 @@ class Backlog:
                     raise _offline()
                 packet = wire.encode_publish(topic, payload, 0, retain, False, 0, self._v5)
                 size = len(packet)
-                if self._fits(0, size):
+                # Before the room: who waited for that, and then takes none, would leave the next one waiting.
+                objection = limits.objection(0, retain, size)
+                if objection is not None or self._fits(0, size):
                     break
                 self._await_room(0, size, timeout)  # and look again: the connection may be another one
-            objection = limits.objection(0, retain, size)
             if objection is None:
                 self.lossy.append(packet)
                 self._lossy_bytes += size

@@ -84,6 +84,7 @@ class Connector:
         self._transport = transport
         self._secrets = Secrets(config, Aside(transport, config.client_id, start_call))
         self._proxy = parse_proxy(config.proxy) if config.proxy else None
+        _import_needed(config)
         self._will = will
         self._urls = deque(config.urls)
         self._spoken: dict[BrokerURL, int] = {}
@@ -187,7 +188,7 @@ class Connector:
             answer_by = deadline if last else now + (deadline - now) / 2
             connack, events = self._await_connack(answer_by, interrupted)
         except TLSAlertError as error:
-            from tars_mqtt._core.tls import failure_of  # late, as below
+            from tars_mqtt._core.tls import failure_of
 
             raise failure_of(error.error, url, config) from error.error
         except (ConnectionLostError, wire.MalformedPacketError) as error:
@@ -203,7 +204,7 @@ class Connector:
     def _dial(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
         if self._proxy is None or url.transport == "unix":
             return dial(url, deadline, interrupted)
-        from tars_mqtt._core.proxy import dial_through  # late: most connections need none
+        from tars_mqtt._core.proxy import dial_through
 
         return dial_through(self._proxy, url, deadline, interrupted)
 
@@ -245,6 +246,19 @@ def _secure(
     deadline: float,
     interrupted: Callable[[], bool],
 ) -> socket.socket:
-    from tars_mqtt._core.tls import secure  # late: it takes a tenth of the time to import all the rest
+    from tars_mqtt._core.tls import secure
 
     return secure(sock, url, config, deadline, interrupted)
+
+
+def _import_needed(config: MQTTClientConfig) -> None:
+    """Import what not all connections need, and takes a tenth of the time to import all the rest.
+
+    On the thread that makes the client: a fork in the middle of an import would leave the child with half a module.
+    """
+    if any(url.tls for url in config.urls):
+        import tars_mqtt._core.tls
+    if any(url.transport == "websockets" for url in config.urls):
+        import tars_mqtt._core.websocket
+    if config.proxy:
+        import tars_mqtt._core.proxy  # noqa: F401 - as those above

@@ -203,11 +203,16 @@ class Engine:
         with self._lock:  # no `connect` between the end and what is said of it
             if first is not None and first is not self._first:
                 return True
+            if not self._closing:
+                self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
             ended = self._session.leave(timeout)
-            if self.state.value not in (ConnectionState.CLOSING, ConnectionState.CLOSED):
-                self._backlog.refuse(_not_started())
+            if not self._closing:
                 self.state.set(ConnectionState.DISCONNECTED)
             return ended
+
+    @property
+    def _closing(self) -> bool:
+        return self.state.value in (ConnectionState.CLOSING, ConnectionState.CLOSED)
 
     def disconnect(self) -> None:
         """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""

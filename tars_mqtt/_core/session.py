@@ -443,7 +443,9 @@ class Session:
     def _say_goodbye(self, deadline: float) -> None:
         transport = self.transport
         transport.write_all(self.inbound.acknowledgements())
-        self._outbound.pump(transport.write_all, transport.unsent_bytes)
+        while self._outbound.pump(transport.write_all, transport.unsent_bytes):
+            if not transport.flush(deadline):
+                break
         if transport.disconnect(deadline):
             self._outbound.all_sent()
 

@@ -138,7 +138,7 @@ class Transport:
         if request.secure is not None:
             sock = request.secure(sock)
         if request.url.transport == "websockets":
-            from tars_mqtt._core.websocket import upgrade  # late: most connections need none of it
+            from tars_mqtt._core.websocket import upgrade  # late: see Connector
 
             sock = upgrade(sock, request.url, request.headers, request.deadline, interrupted)
         self._stream = Stream(sock, request.packet_limit, request.version == 5)
@@ -241,13 +241,12 @@ class Transport:
         """Write UNSUBSCRIBE for one filter and return its packet id."""
         return self._control.unsubscribe(topic_filter)
 
-    def disconnect(self, deadline: float) -> bool:
-        """Write DISCONNECT behind all that waits; True when everything left before the deadline."""
+    def flush(self, deadline: float) -> bool:
+        """Send all that waits; True when it left before the deadline."""
         stream = self._stream
         if stream is None:
             return False
         with contextlib.suppress(ConnectionLostError):
-            self._control.disconnect()
             while not stream.flush():
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
@@ -255,6 +254,15 @@ class Transport:
                 self._watch(stream, selectors.EVENT_WRITE)
                 self._select(min(remaining, 0.1))
             return True
+        return False
+
+    def disconnect(self, deadline: float) -> bool:
+        """Write DISCONNECT behind all that waits; True when everything left before the deadline."""
+        if self._stream is None:
+            return False
+        with contextlib.suppress(ConnectionLostError):
+            self._control.disconnect()
+            return self.flush(deadline)
         return False
 
     def drop(self) -> None:

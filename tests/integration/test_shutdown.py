@@ -61,6 +61,20 @@ def test_shutdown_hands_qos_0_to_the_network(make_client, broker):
     eventually(lambda: len(received) == 500)
 
 
+def test_disconnect_hands_qos_0_to_the_network(make_client, broker):
+    received = []
+    other = make_client(broker.url)
+    other.subscribe("a", received.append)
+    other.connect()
+    client = make_client(broker.url)
+    client.connect()
+    for number in range(2000):
+        client.publish("a", b"%d" % number * 100)
+    client.disconnect()
+    eventually(lambda: len(received) == 2000)
+    assert client.stats().dropped == {}
+
+
 def test_qos_0_that_leaves_with_the_goodbye_is_not_called_lost(make_client):
     """The broker begins to read when the client is about to go."""
     seen: list[PacketType] = []

@@ -236,6 +236,15 @@ def test_a_lost_connection_ends_the_wait_of_qos_0_and_not_that_of_qos_1() -> Non
     assert type(outcomes[-1]) is Outgoing
 
 
+def test_what_the_broker_would_never_take_does_not_wait_for_room() -> None:
+    """Woken for room that it does not take, it would leave the next one waiting."""
+    harness = Harness(max_queued=1)
+    harness.connect(maximum_packet_size=20)
+    harness.submit()
+    with pytest.raises(PublishRejectedError, match="the broker takes 20"):
+        harness.submit(b"x" * 50, qos=0)
+
+
 def test_whoever_may_not_block_is_called_when_there_is_room() -> None:
     harness = Harness(max_queued=2)
     harness.connect()

@@ -204,6 +204,12 @@ def test_a_type_that_is_no_name_is_refused(event_type: Any) -> None:
         encode_event(event_type, {}, "s")
 
 
+@pytest.mark.parametrize("correlation_id", [None, "c"])
+def test_a_source_that_is_no_string_is_refused(correlation_id: str | None) -> None:
+    with pytest.raises(EncodeError, match="'source'"):
+        encode_event("t", {}, None, correlation_id)  # type: ignore[arg-type]
+
+
 # -- the old form ---------------------------------------------------------------------------------
 
 
