@@ -29,8 +29,8 @@ _LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
 class Backlog:
     """Holds outgoing messages from their admission until the broker has them, and counts them.
 
-    Any thread puts in. The network thread takes out, at the left of `firm` and `lossy`, and says when a message
-    is `over`, which makes room for another.
+    Any thread puts in. The network thread takes out, QoS 1 and 2 at the left of `firm`, QoS 0 by `take_lossy`, and
+    says when a message of the former is `over`, which makes room for another.
     """
 
     def __init__(self, max_queued: int, max_queued_bytes: int, wake: Callable[[], None]) -> None:
@@ -39,7 +39,7 @@ class Backlog:
         self._wake = wake
         self._spool: Spool | None = None
         self._spool_most = self._spool_most_bytes = 0
-        # Guarded by _lock; the queues are also taken from, at their left end, by the network thread:
+        # Guarded by _lock; `firm` is also taken from, at its left end, by the network thread:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting = 0

@@ -313,7 +313,7 @@ class Engine:
         timeout: float | None,
         wait_stored: bool = True,
     ) -> PublishReceipt:
-        """Wrap in an envelope and queue; for *wait_stored* see `Outbound.admit`."""
+        """Wrap in an envelope and queue; for *wait_stored* see `Backlog.admit`."""
         raw_topic = topic_bytes(topic)
         envelope_id, payload = encode_event(event_type, data, self._source, correlation_id, self._correlation)
         receipt = self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout, wait_stored)
@@ -342,7 +342,7 @@ class Engine:
         timeout: float | None,
         wait_stored: bool = True,
     ) -> PublishReceipt:
-        """Queue raw bytes; for *wait_stored* see `Outbound.admit`."""
+        """Queue raw bytes; for *wait_stored* see `Backlog.admit`."""
         if isinstance(payload, str):
             payload = payload.encode()
         elif not isinstance(payload, bytes):
