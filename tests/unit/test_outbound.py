@@ -66,6 +66,19 @@ def test_qos_0_needs_no_place_in_the_window() -> None:
     assert harness.payloads() == [b"00"]
 
 
+def test_messages_wait_for_room_behind_a_full_window_alone() -> None:
+    """Then what is read is not left to gather."""
+    harness = Harness(max_inflight=1)
+    harness.connect()
+    first = harness.submit()
+    harness.pump()
+    assert not harness.outbound.waits_for_room, "nothing stands behind it"
+    harness.submit()
+    assert harness.outbound.waits_for_room
+    harness.acknowledge(first)
+    assert not harness.outbound.waits_for_room, "the next may go"
+
+
 def test_a_socket_that_is_full_is_given_no_more(harness: Harness) -> None:
     """What waits here is counted and bounded; what waits in the stream is not."""
     harness.submit()
