@@ -72,6 +72,9 @@ def _are_plain(values: Iterable[Any], depth: int) -> bool:
 
 def is_bounded(data: object) -> bool:
     """Whether *data*, which is JSON as it was read, is plain, too: finite, and at most ``MAX_DEPTH`` levels deep."""
+    kind = type(data)
+    if kind is dict:
+        return _are_bounded(data.values(), MAX_DEPTH - 1)  # type: ignore[attr-defined]
     return _are_bounded((data,), MAX_DEPTH)
 
 

@@ -31,7 +31,7 @@ CorrelationMode = Literal["field", "id"]
 T = TypeVar("T")
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Envelope:
     """One event as it travels.
 
@@ -108,7 +108,7 @@ class Envelope:
         ):
             if problem := _header_problem(document):
                 raise _no_envelope(raw, problem)
-            ts = float(ts)
+            document["ts"] = ts = float(ts)
         # Either an escape, or bytes that ujson takes although they are not UTF-8.
         if (0x5C in raw or 0xED in raw) and _SURROGATE(raw) and not _is_encodable(document):
             raise DecodeError(f"the payload of {len(raw)} bytes is not JSON: half of a surrogate pair")
@@ -117,7 +117,14 @@ class Envelope:
                 f"the data in the payload of {len(raw)} bytes is nested deeper than {MAX_DEPTH} levels, "
                 "or holds a number that is no finite double"
             )
-        return cls(envelope_id, event_type, ts, source, data, correlation_id)
+        if correlation_id is None:
+            document["correlation_id"] = None
+        if len(document) > _MOST_KEYS or cls is not Envelope:
+            return cls(envelope_id, event_type, ts, source, data, correlation_id)
+        # What was read holds the attributes and nothing else: it becomes the envelope's own dict.
+        envelope = _new_object(cls)
+        _set_dict(envelope, document)
+        return envelope
 
     def to_bytes(self) -> bytes:
         """Write the envelope.
@@ -163,6 +170,11 @@ class Envelope:
         if self.correlation_id is not None:
             document["correlation_id"] = self.correlation_id
         return document
+
+
+_MOST_KEYS = len(attrs.fields(Envelope))
+_new_object = object.__new__
+_set_dict = vars(Envelope)["__dict__"].__set__
 
 
 def _key_part(text: str) -> str | bytes:
