@@ -61,6 +61,8 @@ class Consumer:
     closed: bool = False
     reader: object = None
     """The thread or task that reads an iterator."""
+    turn: Turn | None = None
+    """The last one that it was given; they are all alike."""
 
 
 class Turn(NamedTuple):
@@ -71,6 +73,10 @@ class Turn(NamedTuple):
     """Of the dispatcher. What is left of an older one changes nothing any more, for that one's work is given up."""
     postponed: list[Delivery] | None = None
     """What had to wait for a retry; without, what waits in the lane."""
+
+    def next(self) -> Turn:
+        """The one after this."""
+        return self if self.postponed is None else Turn(self.consumer, self.life)
 
 
 class Dispatcher:
@@ -95,6 +101,7 @@ class Dispatcher:
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._watchers = 0  # who waits for a change
         self._pending = 0
         self._postponed = 0
         self._consumers: set[Consumer] = set()
@@ -128,14 +135,14 @@ class Dispatcher:
             consumer.closed = True
             removed = consumer.lane.clear()
             self._pending -= len(removed)
-            self._changed.notify_all()
+            self._tell()
         if consumer.arrived is not None:
             consumer.arrived()
-        self._give_up(removed, "unsubscribed")
+        if removed:
+            self._give_up(removed, "unsubscribed")
 
     def submit(self, batches: Mapping[Consumer, list[Delivery]]) -> None:
         """Take a burst as it came from the broker. Network thread; does not block."""
-        starts: list[Turn] = []
         late: list[Delivery] = []
         excess: list[Delivery] = []
         with self._lock:
@@ -147,27 +154,28 @@ class Dispatcher:
                 self._pending += len(deliveries)
                 if self._pending > self._max_pending:
                     excess += self._shed(consumer)
-                starts += self._offer(consumer)
-        for turn in starts:
-            self._start(turn)
+                self._offer(consumer)
         for consumer in batches:
             if consumer.arrived is not None:
                 consumer.arrived()
-        self._give_up(late, "unsubscribed")
-        self._give_up(excess, "max_pending")
+        if late:
+            self._give_up(late, "unsubscribed")
+        if excess:
+            self._give_up(excess, "max_pending")
 
-    def _offer(self, consumer: Consumer) -> list[Turn]:
-        """A turn for each burst that may begin. Holds the lock."""
+    def _offer(self, consumer: Consumer) -> None:
+        """Start each burst that may begin. Holds the lock."""
         if not consumer.limit:
-            self._changed.notify_all()
-        starts: list[Turn] = []
-        if self.stopping:
-            return starts
-        while consumer.tokens < consumer.limit and consumer.offered < len(consumer.lane):
-            consumer.tokens += 1
-            consumer.offered += 1
-            starts.append(Turn(consumer, self._life))
-        return starts
+            self._tell()
+        elif not self.stopping:
+            waiting = len(consumer.lane)
+            while consumer.tokens < consumer.limit and consumer.offered < waiting:
+                consumer.tokens += 1
+                consumer.offered += 1
+                turn = consumer.turn
+                if turn is None or turn.life != self._life:
+                    turn = consumer.turn = Turn(consumer, self._life)
+                self._start(turn)
 
     def _shed(self, consumer: Consumer) -> list[Delivery]:
         """Give up the oldest of QoS 0, where most of them wait. Holds the lock."""
@@ -187,8 +195,6 @@ class Dispatcher:
         return excess
 
     def _give_up(self, deliveries: list[Delivery], reason: str) -> None:
-        if not deliveries:
-            return
         self._counters.drop(reason, len(deliveries))
         for delivery in deliveries:
             self._over(delivery)
@@ -229,7 +235,20 @@ class Dispatcher:
             )
 
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending <= own + unread(), timeout)
+            return self._wait_for(lambda: self._pending <= own + unread(), timeout)
+
+    def _wait_for(self, predicate: Callable[[], Any], timeout: float | None) -> bool:
+        """Wait for a change after which *predicate* holds. Holds the lock, but not while it waits."""
+        self._watchers += 1
+        try:
+            return bool(self._changed.wait_for(predicate, timeout))
+        finally:
+            self._watchers -= 1
+
+    def _tell(self) -> None:
+        """Something changed that others may wait for. Holds the lock."""
+        if self._watchers:
+            self._changed.notify_all()
 
     def stop(self, timeout: float) -> list[str]:
         """Give up what still waits, unacknowledged; name the handlers that do not return in time."""
@@ -248,12 +267,12 @@ class Dispatcher:
         self._pending = 0
         if given_up:
             self._counters.drop("shutdown", given_up)
-        self._changed.notify_all()
+        self._tell()
 
     # -- what a subclass's workers do -------------------------------------------------------
 
     def _start(self, turn: Turn) -> None:
-        """Have one burst handled soon."""
+        """Have one burst handled soon; one of an older life, never. Holds the lock."""
         raise NotImplementedError
 
     def _over(self, delivery: Delivery) -> None:
@@ -280,57 +299,52 @@ class Dispatcher:
         self, turn: Turn, done: list[Delivery], rest: list[Delivery], handled: int, delay: float
     ) -> None:
         """Go on with the rest of a burst later, with the same token: its lane waits, so order is kept."""
-        with self._changed:
+        with self._lock:
             self._handled += handled
             if turn.life == self._life:
                 self._pending -= len(done)
                 self._postponed += len(rest)
                 # Under the lock: no timer is started once `stop` has ended it.
                 self.timer.call_later(delay, lambda: self._resume(turn._replace(postponed=rest)))
-                self._changed.notify_all()
+                self._tell()
                 return
         self._counters.drop("shutdown", len(rest))
 
     def _resume(self, turn: Turn) -> None:
         with self._lock:
-            if turn.life != self._life:
-                return
-            self._postponed -= len(turn.postponed or ())
-        self._start(turn)
+            self._start(turn)
 
     def _take(self, turn: Turn) -> list[Delivery]:
+        """What is to be handled now. Holds the lock."""
+        if turn.life != self._life:
+            return []
+        if turn.postponed is not None:
+            self._postponed -= len(turn.postponed)
+            return turn.postponed
         consumer = turn.consumer
-        with self._lock:
-            if turn.life != self._life:
-                return []
-            consumer.offered -= 1
-            alone = consumer.limit > 1 or consumer.recovery.timeout is not None
-            return consumer.lane.take(1 if alone else consumer.burst)
+        consumer.offered -= 1
+        alone = consumer.limit > 1 or consumer.recovery.timeout is not None
+        return consumer.lane.take(1 if alone else consumer.burst)
 
     def _finish(self, turn: Turn, batch: list[Delivery], handled: int, duration: float) -> bool:
-        """Account for a burst; True when the consumer has more for the same token."""
-        consumer = turn.consumer
-        with self._changed:
-            self._handled += handled
-            if turn.life != self._life:
-                return False
-            self._pending -= len(batch)
-            if batch:
-                consumer.lane.finish(batch)
-                if duration > _LONG_BURST_TIME:
-                    consumer.burst = max(1, consumer.burst // 2)
-                elif len(batch) == consumer.burst:
-                    consumer.burst = min(_LONGEST_BURST, consumer.burst * 2)
-            self._changed.notify_all()
-            if len(consumer.lane) and not consumer.closed:
-                consumer.offered += 1
-                return True
-            consumer.tokens -= 1
+        """Account for a burst; True when the consumer has more for the same token. Holds the lock."""
+        self._handled += handled
+        if turn.life != self._life:
             return False
-
-    def _begin(self, turn: Turn) -> Burst:
-        """What a worker does next."""
-        return Burst(self, turn, self._take(turn) if turn.postponed is None else turn.postponed)
+        consumer = turn.consumer
+        self._pending -= len(batch)
+        if batch:
+            consumer.lane.finish(batch)
+            if duration > _LONG_BURST_TIME:
+                consumer.burst = max(1, consumer.burst // 2)
+            elif len(batch) == consumer.burst:
+                consumer.burst = min(_LONGEST_BURST, consumer.burst * 2)
+        self._tell()
+        if len(consumer.lane) and not consumer.closed:
+            consumer.offered += 1
+            return True
+        consumer.tokens -= 1
+        return False
 
     # -- iterators --------------------------------------------------------------------------
 
@@ -345,7 +359,7 @@ class Dispatcher:
             with self._changed:
                 consumer.reader = threading.current_thread()
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not self._changed.wait_for(
+                if not self._wait_for(
                     lambda: len(consumer.lane) or consumer.closed or self.stopping, left
                 ):
                     consumer.reader = None
@@ -375,8 +389,7 @@ class Dispatcher:
         claims = taken.turn.consumer.claims
         if claims is None or claims.claim(taken.delivery):
             return True
-        self._finish(taken.turn, [taken.delivery], 0, 0.0)
-        self._over(taken.delivery)
+        self._taken_back(taken, handled=0)
         return False
 
     def finished(self, taken: Taken) -> None:
@@ -384,14 +397,18 @@ class Dispatcher:
         claims = taken.turn.consumer.claims
         if claims is not None:
             claims.keep(taken.delivery)
-        self._finish(taken.turn, [taken.delivery], 1, 0.0)
+        self._taken_back(taken, handled=1)
+
+    def _taken_back(self, taken: Taken, handled: int) -> None:
+        with self._lock:
+            self._finish(taken.turn, [taken.delivery], handled, 0.0)
         self._over(taken.delivery)
 
     def left_alone(self, consumer: Consumer) -> None:
         """Nobody asks an iterator for the next delivery any more."""
-        with self._changed:
+        with self._lock:
             consumer.reader = None
-            self._changed.notify_all()
+            self._tell()
 
 
 class Taken(NamedTuple):
@@ -409,29 +426,42 @@ def _has_left(reader: Any) -> bool:
 
 
 class Burst:
-    """The deliveries that a worker handles in one go, and how they came out."""
+    """The deliveries that a worker, a thread or a task, handles in one go, and how they came out.
 
-    def __init__(self, dispatcher: Dispatcher, turn: Turn, batch: list[Delivery]) -> None:
+    Each worker has one, and begins it anew for every turn.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
-        self.size = len(batch)
-        self._turn = turn
-        self._consumer = turn.consumer
-        self._batch = batch
+        self.size = 0
+        self.turn: Turn | None = None
+        """None while the worker has nothing to do."""
+        self._batch: list[Delivery] = []
         self._index = 0
         self._handled = 0
         self._postponed = False
-        self._started = time.monotonic()
+        self._started = 0.0
         _in_work.set(self)
+
+    def begin(self, turn: Turn) -> None:
+        """Take what is to be handled. Holds the dispatcher's lock."""
+        self.turn = turn
+        self._batch = batch = self.dispatcher._take(turn)
+        self.size = len(batch)
+        self._handled = 0
+        self._postponed = False
+        self._started = time.monotonic()
 
     def __iter__(self) -> Iterator[Delivery]:
         """What is to be handled, one after the other; say how each `came_out`."""
-        dispatcher, batch = self.dispatcher, self._batch
+        dispatcher, turn, batch = self.dispatcher, self.turn, self._batch
+        assert turn is not None
         for self._index, delivery in enumerate(batch):
-            if self._turn.life != dispatcher._life:
+            if turn.life != dispatcher._life:
                 # Not done, so not acknowledged: the broker delivers it to the next session.
                 dispatcher._counters.drop("shutdown", len(batch) - self._index)
                 return
-            if self._consumer.closed:
+            if turn.consumer.closed:
                 dispatcher._give_up(batch[self._index :], "unsubscribed")
                 return
             yield delivery
@@ -440,31 +470,40 @@ class Burst:
 
     def came_out(self, delivery: Delivery, outcome: Outcome) -> None:
         """Acknowledge, retry or bury."""
-        dispatcher = self.dispatcher
+        dispatcher, turn = self.dispatcher, self.turn
         if outcome is Outcome.HANDLED or outcome is Outcome.SKIPPED:
             self._handled += outcome is Outcome.HANDLED
-            if delivery.done():
+            acknowledgement = delivery.acknowledgement
+            if acknowledgement is not None and acknowledgement.done():
                 dispatcher._acknowledge()
             return
-        delay = dispatcher._after_failure(self._consumer, delivery, outcome)
+        assert turn is not None
+        delay = dispatcher._after_failure(turn.consumer, delivery, outcome)
         if delay is not None:
             self._postponed = True
             done, rest = self._batch[: self._index], self._batch[self._index :]
-            dispatcher._postpone(self._turn, done, rest, self._handled, delay)
+            dispatcher._postpone(turn, done, rest, self._handled, delay)
 
     def give_back(self, delay: float) -> None:
         """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
+        assert self.turn is not None
         batch, index = self._batch, self._index
         self.came_out(batch[index], Outcome.FAILED)
         done, rest = batch[: index + 1], batch[index + 1 :]
         if rest and not self._postponed:
             self._postponed = True
-            self.dispatcher._postpone(self._turn, done, rest, self._handled, delay)
+            self.dispatcher._postpone(self.turn, done, rest, self._handled, delay)
 
     def finish(self) -> bool:
-        """Account for it; True when the consumer has more for the same worker."""
-        _in_work.set(None)
+        """Account for it; True when the consumer has more for the same worker. Holds the dispatcher's lock."""
+        turn, batch = self.turn, self._batch
+        assert turn is not None
+        self.forget()
         duration = time.monotonic() - self._started
-        return not self._postponed and self.dispatcher._finish(
-            self._turn, self._batch, self._handled, duration
-        )
+        return not self._postponed and self.dispatcher._finish(turn, batch, self._handled, duration)
+
+    def forget(self) -> None:
+        """Somebody else has dealt with it. An idle worker keeps no messages."""
+        self.turn = None
+        self._batch = []
+        self.size = 0

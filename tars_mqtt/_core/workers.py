@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import attrs
 
-from tars_mqtt._core.dispatch import Dispatcher, Turn
+from tars_mqtt._core.dispatch import Burst, Dispatcher, Turn
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.stats import Counters
 
@@ -53,50 +53,64 @@ class WorkerPool(Dispatcher):
         self._tell_stuck = stuck
         self._names = 0
         # Guarded by _lock:
+        self._turns: deque[Turn] = deque()
         self._threads: set[threading.Thread] = set()
         self._stuck: set[threading.Thread] = set()
-        self._busy = 0
-        self._ready: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
+        self._idle: list[threading.Lock] = []
+        """A bell of each thread that sleeps: a lock, released to wake it."""
+        self._waking = False
+        """Whether a thread is about to look for turns: one at a time, which calls the next if that is needed."""
 
     def start(self) -> None:
         with self._lock:
             if not self.stopping:
                 return
-            # A thread that is still in a handler keeps the old queue, and ends with it.
-            self._ready = queue.SimpleQueue()
+            # A thread that is still in a handler belongs to the old life, and ends with it.
             self._threads = set()
-            self._busy = 0
+            self._waking = False
             self.stopping = False
 
     def _start(self, turn: Turn) -> None:
-        with self._lock:
-            if turn.life != self._life:
-                return
-            self._busy += 1
-            thread = self._another_thread()
-        self._ready.put(turn)
-        if thread is not None:
-            thread.start()
+        if turn.life == self._life:
+            self._turns.append(turn)
+            if not self._waking:
+                self._call_worker()
 
-    def _another_thread(self) -> threading.Thread | None:
-        """A thread to start, if all are busy and one more is allowed. Holds the lock."""
-        if self._busy <= len(self._threads) or len(self._threads) >= self._workers:
-            return None
-        self._names += 1
-        name = f"tars-mqtt/{self._client_id}/worker-{self._names}"
-        thread = threading.Thread(target=self._work, args=(self._ready,), name=name, daemon=True)
-        self._threads.add(thread)
-        return thread
-
-    def _work(self, ready: queue.SimpleQueue[Turn | None]) -> None:
-        this = threading.current_thread()
-        while (turn := ready.get()) is not None:
+    def _call_worker(self) -> None:
+        """Wake or start a thread that takes a turn, if there is one to spare. Holds the lock."""
+        if self._idle:
+            self._waking = True
+            self._idle.pop().release()
+        elif len(self._threads) < self._workers:
+            self._waking = True
+            self._names += 1
+            name = f"tars-mqtt/{self._client_id}/worker-{self._names}"
+            thread = threading.Thread(target=self._work, args=(self._life,), name=name, daemon=True)
+            self._threads.add(thread)
             try:
-                self._handle(turn, ready)
+                thread.start()
+            except RuntimeError as error:  # the next turn, or the end of another, is another attempt
+                self._threads.discard(thread)
+                self._waking = False
+                logger.error(
+                    "%d threads for handlers, and no more: %s",
+                    len(self._threads),
+                    error,
+                    extra={"client_id": self._client_id},
+                )
+
+    def _work(self, life: int) -> None:
+        this = threading.current_thread()
+        burst = Burst(self)
+        bell = threading.Lock()
+        bell.acquire()
+        while this not in self._stuck:
+            try:
+                if not self._next_turn(burst, bell, life):
+                    break
+                self._handle(burst)
             except Exception:
                 logger.exception("internal error on a worker thread", extra={"client_id": self._client_id})
-            if this in self._stuck:
-                break
         with self._lock:
             self._threads.discard(this)
             was_stuck = this in self._stuck
@@ -105,11 +119,36 @@ class WorkerPool(Dispatcher):
         if last:
             self._tell_stuck(None)
 
-    def _handle(self, turn: Turn, ready: queue.SimpleQueue[Turn | None]) -> None:
-        consumer = turn.consumer
-        handle, timeout = consumer.handle, consumer.recovery.timeout
+    def _conclude(self, burst: Burst, turns: deque[Turn]) -> None:
+        """Finish a burst; what is left for its consumer has its turn behind the others'. Holds the lock."""
+        turn = burst.turn
+        if turn is not None and burst.finish():
+            turns.append(turn.next())
+
+    def _next_turn(self, burst: Burst, bell: threading.Lock, life: int) -> bool:
+        """Finish a burst, and begin the next, when there is one; False when the thread is to end."""
+        arrived = burst.turn is None
+        while True:
+            with self._lock:
+                self._conclude(burst, self._turns)
+                if life != self._life:
+                    return False
+                if arrived:
+                    self._waking = False
+                if self._turns:
+                    burst.begin(self._turns.popleft())
+                    if self._turns and not self._waking:
+                        self._call_worker()
+                    return True
+                self._idle.append(bell)
+            bell.acquire()
+            arrived = True
+
+    def _handle(self, burst: Burst) -> None:
+        turn = burst.turn
+        assert turn is not None
+        handle, timeout = turn.consumer.handle, turn.consumer.recovery.timeout
         assert handle is not None
-        burst = self._begin(turn)
         for delivery in burst:
             if timeout is None:
                 outcome = handle(delivery)
@@ -119,15 +158,6 @@ class WorkerPool(Dispatcher):
                 if self._expired(watch):
                     return  # dealt with, and this thread replaced
             burst.came_out(delivery, outcome)
-        if burst.finish():
-            ready.put(Turn(consumer, turn.life))
-        else:
-            self._idle(turn)
-
-    def _idle(self, turn: Turn) -> None:
-        with self._lock:
-            if turn.life == self._life:
-                self._busy -= 1
 
     # -- handlers with a time limit -----------------------------------------------------------
 
@@ -155,11 +185,9 @@ class WorkerPool(Dispatcher):
             watch.expired = True
             self._threads.discard(watch.thread)
             self._stuck.add(watch.thread)
-            self._busy -= 1
             # Turns that were queued while all threads were taken wait for this one's successor.
-            successor = self._another_thread()
-        if successor is not None:
-            successor.start()
+            if self._turns and not self._waking:
+                self._call_worker()
         self._go_on_without(watch.turn, watch.delivery, timeout)
 
     def _go_on_without(self, turn: Turn, delivery: Delivery, timeout: float) -> None:
@@ -171,8 +199,16 @@ class WorkerPool(Dispatcher):
         delay = self._after_failure(consumer, delivery, outcome)
         if delay is not None:
             self._postpone(turn, [], [delivery], 0, delay)
-        elif self._finish(turn, [delivery], 0, timeout):
-            self._start(Turn(consumer, turn.life))
+            return
+        with self._lock:
+            if self._finish(turn, [delivery], 0, timeout):
+                self._start(turn.next())
+
+    def _end_life(self) -> None:
+        super()._end_life()
+        self._turns.clear()
+        while self._idle:
+            self._idle.pop().release()
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
@@ -183,8 +219,6 @@ class WorkerPool(Dispatcher):
         self.timer.stop()
         for arrived in iterators:
             arrived()
-        for _ in range(len(threads) + 1):
-            self._ready.put(None)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return [thread.name for thread in threads if thread.is_alive()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import threading
 import time
 from collections import deque
@@ -19,8 +20,13 @@ from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.context import current_message
 
+logger = logging.getLogger("tars_mqtt.dispatch")
+
 _AFTER_CANCELLATION = 0.1
 """Seconds until another task goes on: whoever cancels all tasks mostly closes the loop next."""
+
+_LONGEST_HOLD = 0.001
+"""Seconds that handlers which never wait may keep the loop, before everyone else on it has a turn."""
 
 _MOST_CALLS = 256
 """Calls run in one turn of the loop; the others wait for the next, so that nobody else waits long."""
@@ -134,36 +140,111 @@ class LoopDispatcher(WorkerPool):
         self._bridge = bridge
         self.spared: asyncio.Task[None] | None = None
         """The handler that asked for the shutdown, and waits for it: not to be cancelled by it."""
+        # Guarded by _lock:
+        self._loop_turns: deque[Turn] = deque()
+        self._called = False
+        """Whether the loop is about to look at these turns."""
         # Owned by the loop's thread:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._free: set[asyncio.Task[None]] = set()
+        """Of the tasks, those that are about to take a turn."""
+        self._looking = False
+        """Whether a `_look` is scheduled."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stuck_tasks: set[asyncio.Task[None]] = set()
 
     def _start(self, turn: Turn) -> None:
-        if isinstance(turn.consumer.handle, CoroutineCall):
-            # Lasting: otherwise the consumer would never have a turn again.
-            self._bridge.post(lambda: self._spawn(turn), lasting=True)
-        else:
+        if not isinstance(turn.consumer.handle, CoroutineCall):
             super()._start(turn)
+        elif turn.life == self._life:
+            self._loop_turns.append(turn)
+            self._call_loop()
 
-    def _spawn(self, turn: Turn) -> None:
-        assert self._bridge.loop is not None
-        task = self._bridge.loop.create_task(self._serve(turn), name=f"tars-mqtt/{self._client_id}/handler")
+    def _call_loop(self) -> None:
+        """Have the turns looked at. Holds the lock."""
+        if not self._called:
+            self._called = True
+            # Lasting: otherwise the consumers would never have a turn again.
+            self._bridge.post(self._take_up, lasting=True)
+
+    def _take_up(self) -> None:
+        """There are turns: have them taken by a task. Runs on the loop."""
+        with self._lock:
+            self._called = False
+        if self._loop is not self._bridge.loop:
+            self._loop = self._bridge.loop
+            self._free.clear()
+            self._looking = False
+        if self._loop_turns and not self._free:
+            self._spawn()
+
+    def _look(self) -> None:
+        """Give each turn a task of its own if the one that takes them in turn waits for something."""
+        self._looking = False
+        if not self._free:
+            for _ in range(len(self._loop_turns)):
+                self._spawn()
+
+    def _spawn(self) -> None:
+        assert self._loop is not None
+        task = self._loop.create_task(self._serve(), name=f"tars-mqtt/{self._client_id}/handler")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._free.add(task)
+        task.add_done_callback(self._ended)
 
-    async def _serve(self, turn: Turn) -> None:
-        handler_task.set(asyncio.current_task())
-        while await self._handle_burst(self._begin(turn), turn):
-            turn = Turn(turn.consumer, turn.life)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._free.discard(task)
+        if task.cancelled():
+            self._later(self._call_again)
+
+    def _call_again(self) -> None:
+        with self._lock:
+            if self._loop_turns:
+                self._call_loop()
+
+    async def _serve(self) -> None:
+        """Handle bursts, of whichever consumer has its turn, until there are none.
+
+        A task for each would cost as much as the handling. Should a handler wait for something, `_look` has
+        the other turns taken by others.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        handler_task.set(task)
+        loop = task.get_loop()
+        burst = Burst(self)
+        until = loop.time() + _LONGEST_HOLD
+        while self._begin_next(burst):
+            self._free.discard(task)
+            if self._loop_turns and not self._looking:
+                self._looking = True
+                loop.call_soon(self._look)
             try:
-                # A handler that never waits would keep the loop to itself.
+                await self._handle_burst(burst)
+            except Exception:
+                logger.exception("internal error in a handler's task", extra={"client_id": self._client_id})
+            if loop.time() >= until:
+                # Handlers that never wait would keep the loop to themselves.
+                with self._lock:
+                    self._conclude(burst, self._loop_turns)
+                self._free.add(task)
                 await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                self._start_later(turn)
-                raise
+                until = loop.time() + _LONGEST_HOLD
+        self._free.discard(task)
 
-    async def _handle_burst(self, burst: Burst, turn: Turn) -> bool:
-        """Handle a burst; True when the consumer has more for the same task."""
+    def _begin_next(self, burst: Burst) -> bool:
+        """Finish a burst, and begin the next; False when there is none."""
+        with self._lock:
+            self._conclude(burst, self._loop_turns)
+            if not self._loop_turns:
+                return False
+            burst.begin(self._loop_turns.popleft())
+            return True
+
+    async def _handle_burst(self, burst: Burst) -> None:
+        turn = burst.turn
+        assert turn is not None
         call, timeout = turn.consumer.handle, turn.consumer.recovery.timeout
         assert isinstance(call, CoroutineCall)
         watch: asyncio.TimerHandle | None = None
@@ -173,25 +254,27 @@ class LoopDispatcher(WorkerPool):
                     watch = self._watch_task(turn, delivery, timeout)
                 outcome = await call.run(delivery, timeout)
                 if self._given_up(watch):
-                    return False
+                    burst.forget()
+                    return
                 burst.came_out(delivery, outcome)
         except asyncio.CancelledError:
             if not self._given_up(watch):
                 self._cancelled(burst, turn)
             raise
-        return burst.finish()
 
     def _cancelled(self, burst: Burst, turn: Turn) -> None:
         """A task ends early: by a shutdown, or by somebody else, at the cost of a message and not of the lane."""
         if turn.life == self._life:
             burst.give_back(_AFTER_CANCELLATION)
-        if burst.finish():
-            self._start_later(Turn(turn.consumer, turn.life))
-
-    def _start_later(self, turn: Turn) -> None:
         with self._lock:
-            if turn.life == self._life:
-                self.timer.call_later(_AFTER_CANCELLATION, lambda: self._start(turn))
+            more = burst.finish()
+        if more:
+            self._later(lambda: self._resume(turn.next()))
+
+    def _later(self, call: Callable[[], None]) -> None:
+        with self._lock:
+            if not self.stopping:
+                self.timer.call_later(_AFTER_CANCELLATION, call)
 
     # -- coroutines that do not heed their cancellation -----------------------------------------
 
@@ -219,6 +302,10 @@ class LoopDispatcher(WorkerPool):
         if not self._stuck_tasks:
             self._tell_stuck(None)
         return True
+
+    def _end_life(self) -> None:
+        super()._end_life()
+        self._loop_turns.clear()
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
