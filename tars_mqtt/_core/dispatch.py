@@ -168,8 +168,8 @@ class Dispatcher:
         if not consumer.limit:
             self._tell()
         elif not self.stopping:
-            waiting = len(consumer.lane)
-            while consumer.tokens < consumer.limit and consumer.offered < waiting:
+            takes = consumer.lane.takes()
+            while consumer.tokens < consumer.limit and consumer.offered < takes:
                 consumer.tokens += 1
                 consumer.offered += 1
                 turn = consumer.turn
@@ -340,7 +340,7 @@ class Dispatcher:
             elif len(batch) == consumer.burst:
                 consumer.burst = min(_LONGEST_BURST, consumer.burst * 2)
         self._tell()
-        if len(consumer.lane) and not consumer.closed:
+        if consumer.offered < consumer.lane.takes() and not consumer.closed:
             consumer.offered += 1
             return True
         consumer.tokens -= 1

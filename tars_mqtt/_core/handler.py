@@ -7,6 +7,7 @@ import inspect
 import logging
 import typing
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from tars_mqtt._core.claim import Claims
@@ -37,11 +38,11 @@ def argument_of(handler: Handler) -> Convert:
         raise TypeError(f"the handler must be callable with one argument, not {handler!r}")
     wanted = _first_annotation(handler)
     if wanted in (inspect.Parameter.empty, Any, bytes, "bytes"):
-        return lambda message: message.payload
+        return attrgetter("payload")
     if wanted is Message:
         return lambda message: message
     if wanted is Envelope:
-        return lambda message: message.envelope
+        return attrgetter("envelope")
     if isinstance(wanted, type) and wanted not in _NO_MODELS:
         from tars_mqtt.model import is_model  # late: as it says
 
@@ -133,8 +134,7 @@ def _in_words(error: BaseException) -> str:
 class HandlerCall:
     """The steps around one call of a handler. Any thread; never raises.
 
-    `begin`, then the call, then `succeeded` or `failed`. Calling the object does all three for a
-    plain function.
+    `begin`, then the call, then `succeeded` or `failed`. Calling the object does all three for a plain function.
     """
 
     def __init__(
@@ -151,9 +151,9 @@ class HandlerCall:
         self._client_id = client_id
 
     def __call__(self, delivery: Delivery) -> Outcome:
-        outcome, argument = self.begin(delivery)
-        if outcome is not None:
-            return outcome
+        argument = self.begin(delivery)
+        if argument.__class__ is Outcome:
+            return argument
         token = current_message.set(delivery.message)
         try:
             result = self.handler(argument)
@@ -163,13 +163,13 @@ class HandlerCall:
             return self.failed(delivery, error)
         finally:
             current_message.reset(token)
-        return self.succeeded(delivery)
+        return self.succeeded(delivery) if self._claims.wanted else Outcome.HANDLED
 
-    def begin(self, delivery: Delivery) -> tuple[Outcome | None, Any]:
-        """Return the handler's argument, or how it came out without a call."""
+    def begin(self, delivery: Delivery) -> Any:
+        """Return the handler's argument, or the `Outcome` where there is nothing to call it for."""
         message = delivery.message
         if self._claims.wanted and not self._claims.claim(delivery):
-            return Outcome.SKIPPED, None
+            return Outcome.SKIPPED
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
                 "handling a message of %r with %d bytes",
@@ -178,11 +178,11 @@ class HandlerCall:
                 extra=log_fields(message, self._client_id),
             )
         try:
-            return None, self._convert(message)
+            return self._convert(message)
         except DecodeError as error:
-            return self._undecodable(delivery, error), None
+            return self._undecodable(delivery, error)
         except BaseException as error:
-            return self.failed(delivery, error), None
+            return self.failed(delivery, error)
 
     def timed_out(self, delivery: Delivery, timeout: float) -> Outcome:
         """The handler did not return in time: the next attempt, or a redelivery, will be handled."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dispatch import Consumer, Dispatcher
 from tars_mqtt._core.lane import Delivery
-from tars_mqtt._core.ledger import Ledger
+from tars_mqtt._core.ledger import Acknowledgement, Ledger
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
@@ -44,7 +45,7 @@ class Inbound:
         self._counters = counters
         self._offer_elsewhere = offer_elsewhere
         self._ledger = Ledger()
-        self._batches: dict[Consumer, list[Delivery]] = {}
+        self._batches: defaultdict[Consumer, list[Delivery]] = defaultdict(list)
         self._router = registry.router
         # Topic and properties decide the route of a message that is not retained.
         self._routes: dict[tuple[str, bytes], tuple[Registration, ...]] = {}
@@ -97,8 +98,7 @@ class Inbound:
                 continue
             assert delivery.acknowledgement is not None
             delivery.acknowledgement.share(len(takers))
-            for registration in takers:
-                self._deliver(registration, Delivery(delivery.message, delivery.acknowledgement))
+            self._deliver(delivery.message, delivery.acknowledgement, takers)
 
     def settle_homeless(self) -> None:
         """Everything is subscribed that will be: who has no handler now gets none."""
@@ -141,14 +141,18 @@ class Inbound:
         message = Message(topic, payload, qos, retain, dup, properties)
         if qos and self._ledger.known(packet_id, message):
             return
-        takers = self._takers(topic, properties, retain)
+        if self._router is not self._registry.router:
+            self.rehouse()
+        if retain:
+            takers = self._route(topic, properties, retain=True)
+        else:
+            takers = self._routes.get((topic, properties)) or self._find_route(topic, properties)
         if not takers:
             if not self._offer_elsewhere(first, body):
                 self._without_taker(message, packet_id)
             return
         acknowledgement = self._ledger.accept(packet_id, message, len(takers)) if qos else None
-        for registration in takers:
-            self._deliver(registration, Delivery(message, acknowledgement))
+        self._deliver(message, acknowledgement, takers)
 
     def passed_over(self, first: int, head: bytes) -> None:
         """Enter what is left of a PUBLISH that was too large to be held.
@@ -170,7 +174,7 @@ class Inbound:
     def hand_over(self) -> None:
         """Give what was entered to the dispatcher, in one go."""
         if self._batches:
-            batches, self._batches = self._batches, {}
+            batches, self._batches = self._batches, defaultdict(list)
             self._dispatcher.submit(batches)
         self.messages += self._entered
         self._entered = 0
@@ -181,36 +185,33 @@ class Inbound:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _deliver(self, registration: Registration, delivery: Delivery) -> None:
-        if registration.key_of is not None:
-            try:
-                delivery.key = registration.key_of(delivery.message)
-                hash(delivery.key)
-            except Exception:
-                delivery.key = None
-                logger.exception(
-                    "order_by failed on a message of %r",
-                    delivery.message.topic,
-                    extra=self._extra(delivery.message),
-                )
-        batch = self._batches.get(registration.consumer)
-        if batch is None:
-            self._batches[registration.consumer] = [delivery]
-        else:
-            batch.append(delivery)
+    def _deliver(
+        self, message: Message, acknowledgement: Acknowledgement | None, takers: tuple[Registration, ...]
+    ) -> None:
+        for registration in takers:
+            delivery = Delivery(message, acknowledgement)
+            if registration.key_of is not None:
+                delivery.key = self._key(registration, message)
+            self._batches[registration.consumer].append(delivery)
 
-    def _takers(self, topic: str, properties: bytes, retain: bool) -> tuple[Registration, ...]:
-        self.rehouse()
-        if retain:
-            return self._route(topic, properties, retain=True)
-        key = topic, properties
-        takers = self._routes.get(key)
-        if takers is None:
-            takers = self._route(topic, properties, retain=False)
-            if len(self._routes) >= _MOST_ROUTES:
-                self._routes.clear()
-            if len(topic) + len(properties) < 1024:
-                self._routes[key] = takers
+    def _key(self, registration: Registration, message: Message) -> Hashable:
+        try:
+            key = registration.key_of(message)
+            hash(key)
+        except Exception:
+            logger.exception(
+                "order_by failed on a message of %r", message.topic, extra=self._extra(message)
+            )
+            return None
+        return key  # type: ignore[no-any-return]
+
+    def _find_route(self, topic: str, properties: bytes) -> tuple[Registration, ...]:
+        """The takers of a message that is not retained; remembered."""
+        takers = self._route(topic, properties, retain=False)
+        if len(self._routes) >= _MOST_ROUTES:
+            self._routes.clear()
+        if len(topic) + len(properties) < 1024:
+            self._routes[topic, properties] = takers
         return takers
 
     def _forget_routes(self) -> None:

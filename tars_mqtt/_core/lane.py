@@ -51,8 +51,8 @@ class Lane(Protocol):
     def clear(self) -> list[Delivery]:
         """Remove and return everything."""
 
-    def ready(self) -> bool:
-        """Whether to try `take`: when this is False, only `push` or `finish` can make it worth a try."""
+    def takes(self) -> int:
+        """How many times `take` is worth a try; only `push` and `finish` make it more."""
 
     def __len__(self) -> int: ...
 
@@ -96,8 +96,8 @@ class Fifo:
     def clear(self) -> list[Delivery]:
         return self.take(len(self))
 
-    def ready(self) -> bool:
-        return bool(self._lossy or self._kept)
+    def takes(self) -> int:
+        return len(self._lossy) + len(self._kept)
 
     def __len__(self) -> int:
         return len(self._lossy) + len(self._kept)
@@ -157,8 +157,8 @@ class Keyed:
         self._lossy.clear()
         return [delivery for line in self._lines.values() for delivery in line.clear()]
 
-    def ready(self) -> bool:
-        return bool(self._runnable)
+    def takes(self) -> int:
+        return len(self._runnable)
 
     def __len__(self) -> int:
         return self._size

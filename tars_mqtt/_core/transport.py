@@ -318,6 +318,10 @@ class Transport:
         except wire.MalformedPacketError as error:
             raise ConnectionLostError(f"the broker sent a malformed packet: {error}") from error
         self._density.note(len(received))
+        if PAHO_PACKETS.isdisjoint([first & 0xF0 for first, _ in received]):
+            if received:
+                self._events.append(Packets(received))
+            return
         flow: list[tuple[int, bytes]] = []
         for first, body in received:
             if first & 0xF0 in PAHO_PACKETS:

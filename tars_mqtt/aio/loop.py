@@ -106,9 +106,9 @@ class CoroutineCall(HandlerCall):
 
     async def run(self, delivery: Delivery, timeout: float | None) -> Outcome:
         """Handle one delivery."""
-        outcome, argument = self.begin(delivery)
-        if outcome is not None:
-            return outcome
+        argument = self.begin(delivery)
+        if argument.__class__ is Outcome:
+            return argument
         limit = None if timeout is None else asyncio.timeout(timeout)
         token = current_message.set(delivery.message)
         try:

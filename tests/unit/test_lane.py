@@ -141,15 +141,15 @@ def test_keys_that_are_done_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("lane", [Fifo(), Keyed()], ids=["fifo", "keyed"])
 def test_a_lane_says_whether_there_is_something_to_take(lane: Lane) -> None:
     """Whoever would ask again and again for what is not there keeps a processor busy."""
-    assert not lane.ready()
+    assert not lane.takes()
     lane.push(deliveries("aa"))
-    assert lane.ready()
+    assert lane.takes()
     batch = lane.take(1)
-    assert lane.ready() is isinstance(lane, Fifo), "the key is in work"
+    assert bool(lane.takes()) is isinstance(lane, Fifo), "the key is in work"
     lane.finish(batch)
-    assert lane.ready()
+    assert lane.takes()
     lane.finish(lane.take(64))
-    assert not lane.ready()
+    assert not lane.takes()
 
 
 # -- both, whatever happens ---------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_nothing_is_lost_doubled_or_overtaken(steps: list[tuple], keyed: bool) -
             gone += [int(each.message.payload) for each in lane.clear()]
             lossy.clear()
         assert len(lane) == pushed - len(gone)
-    while in_work or lane.ready():
+    while in_work or lane.takes():
         if in_work:
             lane.finish(in_work.pop(0))
         if batch := lane.take(64):
