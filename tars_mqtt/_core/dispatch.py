@@ -6,7 +6,8 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 import attrs
@@ -71,7 +72,7 @@ class Turn(NamedTuple):
     consumer: Consumer
     life: int
     """Of the dispatcher. What is left of an older one changes nothing any more, for that one's work is given up."""
-    postponed: list[Delivery] | None = None
+    postponed: Sequence[Delivery] | None = None
     """What had to wait for a retry; without, what waits in the lane."""
 
     def next(self) -> Turn:
@@ -194,7 +195,7 @@ class Dispatcher:
             self._pending -= 1
         return excess
 
-    def _give_up(self, deliveries: list[Delivery], reason: str) -> None:
+    def _give_up(self, deliveries: Sequence[Delivery], reason: str) -> None:
         self._counters.drop(reason, len(deliveries))
         for delivery in deliveries:
             self._over(delivery)
@@ -296,7 +297,7 @@ class Dispatcher:
         return delay
 
     def _postpone(
-        self, turn: Turn, done: list[Delivery], rest: list[Delivery], handled: int, delay: float
+        self, turn: Turn, done: Sequence[Delivery], rest: Sequence[Delivery], handled: int, delay: float
     ) -> None:
         """Go on with the rest of a burst later, with the same token: its lane waits, so order is kept."""
         with self._lock:
@@ -314,10 +315,10 @@ class Dispatcher:
         with self._lock:
             self._start(turn)
 
-    def _take(self, turn: Turn) -> list[Delivery]:
+    def _take(self, turn: Turn) -> Sequence[Delivery]:
         """What is to be handled now. Holds the lock."""
         if turn.life != self._life:
-            return []
+            return ()
         if turn.postponed is not None:
             self._postponed -= len(turn.postponed)
             return turn.postponed
@@ -326,21 +327,22 @@ class Dispatcher:
         alone = consumer.limit > 1 or consumer.recovery.timeout is not None
         return consumer.lane.take(1 if alone else consumer.burst)
 
-    def _finish(self, turn: Turn, batch: list[Delivery], handled: int, duration: float) -> bool:
+    def _finish(self, turn: Turn, batch: Sequence[Delivery], handled: int, duration: float) -> bool:
         """Account for a burst; True when the consumer has more for the same token. Holds the lock."""
         self._handled += handled
         if turn.life != self._life:
             return False
         consumer = turn.consumer
-        self._pending -= len(batch)
-        if batch:
-            consumer.lane.finish(batch)
-            if duration > _LONG_BURST_TIME:
-                consumer.burst = max(1, consumer.burst // 2)
-            elif len(batch) == consumer.burst:
-                consumer.burst = min(_LONGEST_BURST, consumer.burst * 2)
-        self._tell()
-        if consumer.offered < consumer.lane.takes() and not consumer.closed:
+        size = len(batch)
+        self._pending -= size
+        takes = consumer.lane.finish(batch)
+        if duration > _LONG_BURST_TIME:
+            consumer.burst = max(1, consumer.burst // 2)
+        elif size == consumer.burst < _LONGEST_BURST:
+            consumer.burst *= 2
+        if self._watchers:
+            self._changed.notify_all()
+        if consumer.offered < takes and not consumer.closed:
             consumer.offered += 1
             return True
         consumer.tokens -= 1
@@ -354,11 +356,11 @@ class Dispatcher:
         Raises:
             TimeoutError: Nothing came in time.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + timeout
         while True:
             with self._changed:
                 consumer.reader = threading.current_thread()
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                left = None if deadline is None else max(0.0, deadline - monotonic())
                 if not self._wait_for(
                     lambda: len(consumer.lane) or consumer.closed or self.stopping, left
                 ):
@@ -436,7 +438,7 @@ class Burst:
         self.size = 0
         self.turn: Turn | None = None
         """None while the worker has nothing to do."""
-        self._batch: list[Delivery] = []
+        self._batch: Sequence[Delivery] = ()
         self._index = 0
         self._handled = 0
         self._postponed = False
@@ -450,7 +452,7 @@ class Burst:
         self.size = len(batch)
         self._handled = 0
         self._postponed = False
-        self._started = time.monotonic()
+        self._started = monotonic()
 
     def __iter__(self) -> Iterator[Delivery]:
         """What is to be handled, one after the other; say how each `came_out`."""
@@ -498,12 +500,10 @@ class Burst:
         """Account for it; True when the consumer has more for the same worker. Holds the dispatcher's lock."""
         turn, batch = self.turn, self._batch
         assert turn is not None
-        self.forget()
-        duration = time.monotonic() - self._started
+        self.turn, self._batch, self.size = None, (), 0
+        duration = monotonic() - self._started
         return not self._postponed and self.dispatcher._finish(turn, batch, self._handled, duration)
 
     def forget(self) -> None:
         """Somebody else has dealt with it. An idle worker keeps no messages."""
-        self.turn = None
-        self._batch = []
-        self.size = 0
+        self.turn, self._batch, self.size = None, (), 0

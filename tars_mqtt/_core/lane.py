@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 import attrs
@@ -42,8 +42,8 @@ class Lane(Protocol):
     def take(self, most: int) -> list[Delivery]:
         """Remove deliveries that may be handled now, one after the other."""
 
-    def finish(self, batch: list[Delivery]) -> None:
-        """What `take` returned is over: what had to wait for it may go."""
+    def finish(self, batch: Sequence[Delivery]) -> int:
+        """What `take` returned is over: what had to wait for it may go. Returns `takes`."""
 
     def drop_oldest(self) -> Delivery | None:
         """Give up the oldest QoS 0 delivery, if there is one."""
@@ -87,8 +87,8 @@ class Fifo:
             batch.append(line.popleft())
         return batch
 
-    def finish(self, batch: list[Delivery]) -> None:
-        pass
+    def finish(self, batch: Sequence[Delivery]) -> int:
+        return len(self._lossy) + len(self._kept)
 
     def drop_oldest(self) -> Delivery | None:
         return self._lossy.popleft() if self._lossy else None
@@ -137,12 +137,14 @@ class Keyed:
             del self._lines[key]
         return []
 
-    def finish(self, batch: list[Delivery]) -> None:
-        key = batch[0].key
-        if len(self._lines[key]):
-            self._runnable.append(key)
-        else:
-            del self._lines[key]
+    def finish(self, batch: Sequence[Delivery]) -> int:
+        if batch:
+            key = batch[0].key
+            if len(self._lines[key]):
+                self._runnable.append(key)
+            else:
+                del self._lines[key]
+        return len(self._runnable)
 
     def drop_oldest(self) -> Delivery | None:
         if not self._lossy:
