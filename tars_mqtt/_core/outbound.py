@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -21,6 +22,9 @@ _LAST_PACKET_ID = 65_535
 
 _ENOUGH_UNSENT = 262_144
 """Bytes handed to the stream at a time; the rest stays here, where it is counted and bounded."""
+
+_WIDE_WINDOW = 64
+_SHORT_PATIENCE = 0.00008
 
 
 class Outbound:
@@ -58,9 +62,15 @@ class Outbound:
         return len(self._inflight)
 
     @property
-    def waits_for_room(self) -> bool:
-        """Whether messages wait for the broker to acknowledge others."""
-        return len(self._inflight) >= self._window and bool(self._backlog.firm)
+    def patience(self) -> float:
+        """Seconds for which what the broker says may be left to gather, as far as the way out goes.
+
+        While messages wait for others to be acknowledged, the broker should not run out of work: a window
+        of few messages keeps it busy for less time than a short sleep takes.
+        """
+        if len(self._inflight) < self._window or not self._backlog.firm:
+            return math.inf
+        return _SHORT_PATIENCE if self._window >= _WIDE_WINDOW else 0.0
 
     def abandon(self) -> int:
         """Give up what is held; returns how many of QoS 1 and 2 there were. After the network thread."""

@@ -327,7 +327,7 @@ class Session:
                 self._run_commands()
             transport.write_all(inbound.acknowledgements())
             more = outbound.pump(transport.write_all, transport.unsent_bytes)
-            events = transport.poll(self._until_next_duty(), more, outbound.waits_for_room)
+            events = transport.poll(self._until_next_duty(), more, outbound.patience)
         self._say_goodbye(self._leave_by)
 
     def _on(self, event: Event) -> None:

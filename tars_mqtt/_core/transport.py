@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import selectors
 import socket
 import time
@@ -148,13 +149,13 @@ class Transport:
             self._control = self._new_control(request.version)
         self._control.open(self._stream, request)
 
-    def poll(self, timeout: float, more: bool, urgent: bool = False) -> list[Event]:
+    def poll(self, timeout: float, more: bool, patience: float = math.inf) -> list[Event]:
         """Write what is due, wait for at most *timeout* seconds, and return what happened, in order.
 
         Args:
             timeout: Seconds.
             more: The caller has more to write, as soon as what it wrote is on its way.
-            urgent: What is read allows the caller to write more, so it is not left to gather.
+            patience: Seconds; what is to be read is not left to gather for longer.
 
         Raises:
             ConnectionLostError: The connection is gone. What had arrived before comes first, by an
@@ -175,8 +176,10 @@ class Transport:
             if not self._events:
                 raise
             return self._take_events()
-        if flushed and not (more or urgent) and (pause := self._density.pause(time.monotonic())):
-            time.sleep(pause)
+        if flushed and not more and patience:
+            pause = self._density.pause(time.monotonic())
+            if pause:
+                time.sleep(min(pause, patience))
         self._watch(
             stream, (0 if self._paused else selectors.EVENT_READ) | (0 if flushed else selectors.EVENT_WRITE)
         )

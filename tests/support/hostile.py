@@ -154,11 +154,11 @@ def besiege(
     poll = session.transport.poll
     idle = 0
 
-    def poll_at_once(_: float, more: bool, urgent: bool = False) -> list[transport.Event]:
+    def poll_at_once(_: float, more: bool, patience: float = 0.0) -> list[transport.Event]:
         """As ever, but without waiting; where nothing is read any more, the client is made to leave."""
         nonlocal idle
         before = wire.looks
-        events = poll(0.0, more, urgent)
+        events = poll(0.0, more, patience)
         idle = idle + 1 if wire.looks == before else 0
         if idle > _PATIENCE:
             session._leave_by = time.monotonic()

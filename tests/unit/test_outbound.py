@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from concurrent.futures import CancelledError
 
 import pytest
@@ -66,17 +67,20 @@ def test_qos_0_needs_no_place_in_the_window() -> None:
     assert harness.payloads() == [b"00"]
 
 
-def test_messages_wait_for_room_behind_a_full_window_alone() -> None:
-    """Then what is read is not left to gather."""
-    harness = Harness(max_inflight=1)
+@pytest.mark.parametrize(("window", "patience"), [(1, 0.0), (63, 0.0), (64, 0.00008), (200, 0.00008)])
+def test_what_is_read_may_gather_for_long_only_while_no_message_waits_for_room(
+    window: int, patience: float
+) -> None:
+    """A small window does not keep the broker busy for as long as a short sleep takes."""
+    harness = Harness(max_inflight=window)
     harness.connect()
-    first = harness.submit()
+    first, *_ = (harness.submit() for _ in range(window))
     harness.pump()
-    assert not harness.outbound.waits_for_room, "nothing stands behind it"
+    assert harness.outbound.patience == math.inf, "nothing stands behind them"
     harness.submit()
-    assert harness.outbound.waits_for_room
+    assert harness.outbound.patience == patience
     harness.acknowledge(first)
-    assert not harness.outbound.waits_for_room, "the next may go"
+    assert harness.outbound.patience == math.inf, "the next may go"
 
 
 def test_a_socket_that_is_full_is_given_no_more(harness: Harness) -> None:
