@@ -156,6 +156,7 @@ class Dispatcher:
                 if self._pending > self._max_pending:
                     excess += self._shed(consumer)
                 self._offer(consumer)
+        self._wake()
         for consumer in batches:
             if consumer.arrived is not None:
                 consumer.arrived()
@@ -273,7 +274,11 @@ class Dispatcher:
     # -- what a subclass's workers do -------------------------------------------------------
 
     def _start(self, turn: Turn) -> None:
-        """Have one burst handled soon; one of an older life, never. Holds the lock."""
+        """Queue a turn; one of an older life, never. Holds the lock: when it is released, `_wake`."""
+        raise NotImplementedError
+
+    def _wake(self) -> None:
+        """Have workers see to the turns that were queued."""
         raise NotImplementedError
 
     def _over(self, delivery: Delivery) -> None:
@@ -314,6 +319,7 @@ class Dispatcher:
     def _resume(self, turn: Turn) -> None:
         with self._lock:
             self._start(turn)
+        self._wake()
 
     def _take(self, turn: Turn) -> Sequence[Delivery]:
         """What is to be handled now. Holds the lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -73,31 +74,41 @@ class WorkerPool(Dispatcher):
     def _start(self, turn: Turn) -> None:
         if turn.life == self._life:
             self._turns.append(turn)
-            if not self._waking:
-                self._call_worker()
 
-    def _call_worker(self) -> None:
-        """Wake or start a thread that takes a turn, if there is one to spare. Holds the lock."""
+    def _wake(self) -> None:
+        # Read without the lock: a thread that is about to look will see the turns.
+        if self._turns and not self._waking:
+            with self._lock:
+                call = self._whom_to_call()
+            if call is not None:
+                call()
+
+    def _whom_to_call(self) -> Callable[[], None] | None:
+        """What brings one more thread to the turns that wait, if one is to spare. Holds the lock."""
+        if self._waking or not self._turns:
+            return None
         if self._idle:
             self._waking = True
-            self._idle.pop().release()
-        elif len(self._threads) < self._workers:
-            self._waking = True
-            self._names += 1
-            name = f"tars-mqtt/{self._client_id}/worker-{self._names}"
-            thread = threading.Thread(target=self._work, args=(self._life,), name=name, daemon=True)
-            self._threads.add(thread)
-            try:
-                thread.start()
-            except RuntimeError as error:  # the next turn, or the end of another, is another attempt
-                self._threads.discard(thread)
-                self._waking = False
-                logger.error(
-                    "%d threads for handlers, and no more: %s",
-                    len(self._threads),
-                    error,
-                    extra={"client_id": self._client_id},
-                )
+            return self._idle.pop().release
+        if len(self._threads) >= self._workers:
+            return None
+        self._names += 1
+        name = f"tars-mqtt/{self._client_id}/worker-{self._names}"
+        thread = threading.Thread(target=self._work, args=(self._life,), name=name, daemon=True)
+        try:
+            thread.start()  # under the lock: whoever is in `_threads` can be joined
+        except RuntimeError as error:
+            # The next turn that comes is another attempt.
+            return functools.partial(
+                logger.error,
+                "%d threads for handlers, and no more: %s",
+                len(self._threads),
+                error,
+                extra={"client_id": self._client_id},
+            )
+        self._waking = True
+        self._threads.add(thread)
+        return None
 
     def _work(self, life: int) -> None:
         this = threading.current_thread()
@@ -137,12 +148,14 @@ class WorkerPool(Dispatcher):
                     self._waking = False
                 if self._turns:
                     burst.begin(self._turns.popleft())
-                    if self._turns and not self._waking:
-                        self._call_worker()
-                    return True
+                    call = self._whom_to_call()
+                    break
                 self._idle.append(bell)
             bell.acquire()
             arrived = True
+        if call is not None:
+            call()
+        return True
 
     def _handle(self, burst: Burst) -> None:
         turn = burst.turn
@@ -185,9 +198,7 @@ class WorkerPool(Dispatcher):
             watch.expired = True
             self._threads.discard(watch.thread)
             self._stuck.add(watch.thread)
-            # Turns that were queued while all threads were taken wait for this one's successor.
-            if self._turns and not self._waking:
-                self._call_worker()
+        self._wake()  # turns that were queued while all threads were taken wait for this one's successor
         self._go_on_without(watch.turn, watch.delivery, timeout)
 
     def _go_on_without(self, turn: Turn, delivery: Delivery, timeout: float) -> None:
@@ -203,6 +214,7 @@ class WorkerPool(Dispatcher):
         with self._lock:
             if self._finish(turn, [delivery], 0, timeout):
                 self._start(turn.next())
+        self._wake()
 
     def _end_life(self) -> None:
         super()._end_life()

@@ -140,10 +140,10 @@ class LoopDispatcher(WorkerPool):
         self._bridge = bridge
         self.spared: asyncio.Task[None] | None = None
         """The handler that asked for the shutdown, and waits for it: not to be cancelled by it."""
+        self._called = False
+        """Whether the loop is about to look at its turns."""
         # Guarded by _lock:
         self._loop_turns: deque[Turn] = deque()
-        self._called = False
-        """Whether the loop is about to look at these turns."""
         # Owned by the loop's thread:
         self._tasks: set[asyncio.Task[None]] = set()
         self._free: set[asyncio.Task[None]] = set()
@@ -158,19 +158,18 @@ class LoopDispatcher(WorkerPool):
             super()._start(turn)
         elif turn.life == self._life:
             self._loop_turns.append(turn)
-            self._call_loop()
 
-    def _call_loop(self) -> None:
-        """Have the turns looked at. Holds the lock."""
-        if not self._called:
+    def _wake(self) -> None:
+        super()._wake()
+        # The flag is cleared before the turns are looked at: one that is added in between is seen.
+        if self._loop_turns and not self._called:
             self._called = True
             # Lasting: otherwise the consumers would never have a turn again.
             self._bridge.post(self._take_up, lasting=True)
 
     def _take_up(self) -> None:
         """There are turns: have them taken by a task. Runs on the loop."""
-        with self._lock:
-            self._called = False
+        self._called = False
         if self._loop is not self._bridge.loop:
             self._loop = self._bridge.loop
             self._free.clear()
@@ -196,12 +195,7 @@ class LoopDispatcher(WorkerPool):
         self._tasks.discard(task)
         self._free.discard(task)
         if task.cancelled():
-            self._later(self._call_again)
-
-    def _call_again(self) -> None:
-        with self._lock:
-            if self._loop_turns:
-                self._call_loop()
+            self._later(self._wake)
 
     async def _serve(self) -> None:
         """Handle bursts, of whichever consumer has its turn, until there are none.
@@ -224,8 +218,9 @@ class LoopDispatcher(WorkerPool):
                 await self._handle_burst(burst)
             except Exception:
                 logger.exception("internal error in a handler's task", extra={"client_id": self._client_id})
-            if loop.time() >= until:
-                # Handlers that never wait would keep the loop to themselves.
+            if loop.time() >= until or task.cancelling():
+                # Handlers that never wait would keep the loop to themselves. And who cancels the task it runs in
+                # shall not cancel the next.
                 with self._lock:
                     self._conclude(burst, self._loop_turns)
                 self._free.add(task)
