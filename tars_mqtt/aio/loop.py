@@ -172,6 +172,7 @@ class LoopDispatcher(WorkerPool):
         self._called = False
         if self._loop is not self._bridge.loop:
             self._loop = self._bridge.loop
+            self._tasks.clear()  # those of a loop that is closed never end
             self._free.clear()
             self._looking = False
         if self._loop_turns and not self._free:

@@ -1,0 +1,229 @@
+"""Handlers on an event loop: which task serves whom, and that none waits for another's handler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tars_mqtt._core.claim import Claims
+from tars_mqtt._core.dispatch import Consumer
+from tars_mqtt._core.lane import Delivery, Fifo
+from tars_mqtt._core.stats import Counters
+from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
+from tars_mqtt.message import Message
+
+
+class Harness:
+    """A dispatcher on the running loop."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        bridge = Bridge()
+        bridge.bind(asyncio.get_running_loop())
+        self.dispatcher = LoopDispatcher(bridge, 1, 10_000, self.counters, lambda: None, "test")
+
+    def consumer(self, handler: Callable[[bytes], Awaitable[Any]]) -> Consumer:
+        claims = Claims(None, "t", "field", self.counters, "test")
+        consumer = Consumer(Fifo(), 1, CoroutineCall(handler, claims, self.counters, "test"))
+        self.dispatcher.add(consumer)
+        return consumer
+
+    def submit(self, *consumers: Consumer, payload: bytes = b"") -> None:
+        self.dispatcher.submit({each: [Delivery(Message("t", payload), None)] for each in consumers})
+
+    async def idle(self) -> None:
+        async with asyncio.timeout(30):
+            while self.dispatcher.pending or self.dispatcher._tasks:
+                await asyncio.sleep(0.001)
+
+    async def stop(self) -> None:
+        assert await asyncio.to_thread(self.dispatcher.stop, 30) == []
+
+
+async def test_handlers_that_wait_for_something_wait_side_by_side() -> None:
+    harness = Harness()
+    inside = 0
+    everybody = asyncio.Event()
+
+    async def meet(_: bytes) -> None:
+        nonlocal inside
+        inside += 1
+        if inside == 50:
+            everybody.set()
+        await everybody.wait()
+
+    async with asyncio.timeout(30):
+        harness.submit(*(harness.consumer(meet) for _ in range(50)))
+        await everybody.wait()
+    await harness.idle()
+    assert harness.dispatcher.handled == 50
+    await harness.stop()
+
+
+async def test_those_who_come_while_a_handler_waits_do_not_wait_for_it() -> None:
+    harness = Harness()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def wait_for_the_second(_: bytes) -> None:
+        first.set()
+        await second.wait()
+
+    async def be_second(_: bytes) -> None:
+        second.set()
+
+    async with asyncio.timeout(30):
+        harness.submit(harness.consumer(wait_for_the_second))
+        await first.wait()
+        harness.submit(harness.consumer(be_second))
+        await harness.idle()
+    await harness.stop()
+
+
+async def test_handlers_that_never_wait_share_a_task_and_leave_the_loop_to_others_now_and_then() -> None:
+    harness = Harness()
+    tasks: set[asyncio.Task[Any] | None] = set()
+    loop_ran = 0
+    seen: list[int] = []
+
+    async def handler(_: bytes) -> None:
+        tasks.add(asyncio.current_task())
+        seen.append(loop_ran)
+
+    async def run_beside() -> None:
+        nonlocal loop_ran
+        while True:
+            loop_ran += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(run_beside())
+    consumers = [harness.consumer(handler) for _ in range(2_000)]
+    harness.submit(*consumers)
+    await harness.idle()
+    assert len(seen) == 2_000
+    assert len(tasks) == 1
+    assert len(set(seen)) > 1, "nobody else ran before all were handled"
+    beside.cancel()
+    await harness.stop()
+
+
+async def test_a_handler_that_cancels_its_task_cancels_no_other() -> None:
+    """Whether it waits for something after that, and so is cancelled itself, or returns first."""
+    harness = Harness()
+    handled: list[str] = []
+
+    async def cancel_and_return(_: bytes) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        handled.append("returned")
+
+    async def cancel_and_wait(_: bytes) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    async def innocent(_: bytes) -> None:
+        await asyncio.sleep(0)
+        handled.append("innocent")
+
+    one, two, three = (harness.consumer(each) for each in (cancel_and_return, cancel_and_wait, innocent))
+    harness.submit(one, three, two)
+    harness.submit(one, three, two)
+    await harness.idle()
+    assert sorted(handled) == ["innocent"] * 2 + ["returned"] * 2
+    assert harness.counters.totals()["handler_failures"] == 2, "those who waited"
+    await harness.stop()
+
+
+async def test_everybody_is_served_after_all_tasks_were_cancelled() -> None:
+    harness = Harness()
+    inside = asyncio.Event()
+    handled: list[bytes] = []
+
+    async def handler(payload: bytes) -> None:
+        if payload == b"wait":
+            inside.set()
+            await asyncio.Event().wait()
+        handled.append(payload)
+
+    stuck, other = harness.consumer(handler), harness.consumer(handler)
+    harness.submit(stuck, payload=b"wait")
+    await inside.wait()
+    harness.submit(other, payload=b"1")
+    harness.submit(stuck, payload=b"2")
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await harness.idle()
+    async with asyncio.timeout(30):
+        while sorted(handled) != [b"1", b"2"]:
+            await asyncio.sleep(0.001)
+    await harness.stop()
+
+
+async def hear(handled: list[bytes], count: int) -> None:
+    async with asyncio.timeout(30):
+        while len(handled) < count:
+            await asyncio.sleep(0.001)
+
+
+def test_turns_that_a_cancelled_loop_leaves_behind_are_taken_on_the_next() -> None:
+    handled: list[bytes] = []
+    harness: Harness
+
+    async def handler(payload: bytes) -> None:
+        if payload == b"wait":
+            await asyncio.Event().wait()
+        handled.append(payload)
+
+    async def first_loop() -> None:
+        nonlocal harness
+        harness = Harness()
+        consumers = [harness.consumer(handler) for _ in range(3)]
+        harness.submit(consumers[0], payload=b"wait")
+        await asyncio.sleep(0)
+        harness.submit(*consumers, payload=b"later")
+
+    async def second_loop() -> None:
+        harness.dispatcher._bridge.bind(asyncio.get_running_loop())
+        await hear(handled, 3)
+        await harness.stop()
+
+    asyncio.run(first_loop())
+    asyncio.run(second_loop())
+    assert handled == [b"later"] * 3
+
+
+def test_tasks_of_a_loop_that_was_closed_under_them_keep_nobody_waiting() -> None:
+    handled: list[bytes] = []
+    harness: Harness
+
+    async def handler(payload: bytes) -> None:
+        handled.append(payload)
+        if payload == b"stop":
+            time.sleep(0.005)  # so long that its task leaves the loop to others next, of which there are none
+            asyncio.get_running_loop().stop()
+
+    async def first_loop() -> None:
+        nonlocal harness
+        harness = Harness()
+        first, second = harness.consumer(handler), harness.consumer(handler)
+        harness.submit(first, payload=b"stop")
+        harness.submit(second, payload=b"later")
+
+    async def second_loop() -> None:
+        harness.dispatcher._bridge.bind(asyncio.get_running_loop())
+        harness.submit(harness.consumer(handler), payload=b"last")
+        await hear(handled, 3)
+        await harness.stop()
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        task = loop.create_task(first_loop())
+        loop.run_forever()
+        assert task.done()
+        assert handled == [b"stop"]
+    asyncio.run(second_loop())
+    assert handled == [b"stop", b"later", b"last"]
