@@ -26,6 +26,15 @@ _LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
 """Of topic and payload: two lengths and a packet id go with them in a PUBLISH."""
 
 
+_LARGE_BYTES = 49_152
+_CROWD_BYTES = 1_048_576
+"""Of large messages of QoS 0. More of them are out of the processor's cache before they leave, and each takes
+fresh memory: a publisher lets the network thread catch up, which waits for the interpreter while he makes more."""
+
+PACE_TIME = 0.005
+"""Seconds that he waits for it at most; his message is taken already."""
+
+
 class Backlog:
     """Holds outgoing messages from their admission until the broker has them, and counts them.
 
@@ -49,6 +58,8 @@ class Backlog:
         self.lossy: deque[bytes] = deque()
         """QoS 0, as the packets that the connection of now is to send."""
         self._lossy_bytes = 0
+        self.crowded = False
+        """Whether large messages of QoS 0 come faster than they leave. Read without the lock."""
         self.held = 0
         """Messages that are not over, those on their way included."""
         self.held_bytes = 0
@@ -145,11 +156,24 @@ class Backlog:
                 self._lossy_bytes += size
                 self.held += 1
                 self.held_bytes += size
+                if size > _LARGE_BYTES and self._lossy_bytes > _CROWD_BYTES:
+                    self.crowded = True
         if objection is not None:
             raise PublishRejectedError(
                 f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
             )
         self._wake()
+        if self.crowded and timeout != 0:
+            self._pace()
+
+    def _pace(self) -> None:
+        """Let the network thread catch up, but not for long."""
+        with self._lock:
+            self._waiting += 1
+            try:
+                self._room.wait_for(lambda: not self.crowded, PACE_TIME)
+            finally:
+                self._waiting -= 1
 
     def _stored(self, message: Outgoing) -> None:
         """A message is on disk: queue it, unless others that are only there come first."""
@@ -276,6 +300,7 @@ class Backlog:
             self.held -= lost
             self.held_bytes -= self._lossy_bytes
             self._lossy_bytes = 0
+            self.crowded = False
             self.lossy.clear()
             self._room.notify_all()
         self._call_back(len(self._callbacks))
@@ -319,6 +344,8 @@ class Backlog:
                     packets.append(lossy.popleft())
                     size += len(packets[-1])
             self._lossy_bytes -= size
+            if self._lossy_bytes <= _CROWD_BYTES // 2:
+                self.crowded = False
         self._free(len(packets), size)
         return packets, size
 
@@ -345,6 +372,7 @@ class Backlog:
             self.firm.clear()
             self.lossy.clear()
             self.held = self.held_bytes = self._lossy_bytes = 0
+            self.crowded = False
             self._room.notify_all()
         if spool is not None:
             spool.close()

@@ -294,6 +294,11 @@ class Engine:
         else:
             self.counters.add("dead_letters")
 
+    @property
+    def crowded(self) -> bool:
+        """See `Backlog.crowded`."""
+        return self._backlog.crowded
+
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when a refused message is worth another try."""
         self._backlog.when_room(callback)

@@ -15,6 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from tars_mqtt._core.backlog import PACE_TIME
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.option import HandlerOptions
@@ -270,6 +271,8 @@ class MQTTClient:
             receipt = await self._when_room(partial(self._engine.submit_event, *event), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
+        elif self._engine.crowded:
+            await self._pace()
         return receipt.envelope_id or ""
 
     def submit_event(
@@ -317,6 +320,8 @@ class MQTTClient:
             receipt = await self._when_room(partial(self._engine.submit, *message), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
+        elif self._engine.crowded:
+            await self._pace()
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
@@ -353,6 +358,22 @@ class MQTTClient:
                     self._engine.never_mind(tell)
             if not in_time:
                 return submit()
+
+    async def _pace(self) -> None:
+        """Let the network thread catch up with large messages, but not for long."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + PACE_TIME
+        while self._engine.crowded and loop.time() < until:
+            left: asyncio.Future[None] = loop.create_future()
+            tell = partial(self._bridge.post, partial(resolve, left))
+            timer = loop.call_at(until, resolve, left)
+            self._engine.when_room(tell)
+            try:
+                if self._engine.crowded:  # still
+                    await left
+            finally:
+                timer.cancel()
+                self._engine.never_mind(tell)
 
     # -- subscribing ------------------------------------------------------------------------
 

@@ -434,6 +434,30 @@ async def test_five_hundred_publishes_at_once(broker: Broker) -> None:
         await until(lambda: len(received) == 500)
 
 
+async def test_large_messages_leave_while_others_are_made(broker: Broker) -> None:
+    """They need not all be held at once, and a broker that takes none holds nobody up."""
+    payload = b"x" * 600_000
+    async with MQTTClient(broker.url, "large", **QUICK) as client:
+        received = 0
+
+        async def count(_: bytes) -> None:
+            nonlocal received
+            received += 1
+
+        await client.subscribe("a", count)
+        for _ in range(20):
+            await client.publish("a", payload)
+        await until(lambda: received == 20)
+        broker.freeze()
+        async with asyncio.timeout(30):
+            for _ in range(30):
+                await client.publish("a", payload)
+        assert client._engine.crowded
+        broker.thaw()
+        await until(lambda: received == 50)
+        assert not client._engine.crowded
+
+
 async def test_a_full_queue_is_awaited_by_publish_and_an_error_for_submit(broker: Broker) -> None:
     """Backpressure is awaited, never blocked on; ``submit_event`` has nothing to await."""
     async with MQTTClient(broker.url, "full", max_queued=5, **QUICK) as client:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
+from tars_mqtt._core import backlog as backlog_module
 from tars_mqtt._core import wire
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID
@@ -302,6 +304,63 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
     assert called == ["impatient"]
     harness.backlog.never_mind(impatient)
     assert called == ["impatient", "patient"]
+
+
+# -- large messages of QoS 0 --------------------------------------------------------------
+
+LARGE = b"x" * 600_000
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """Where there is a crowd, a publisher waits until somebody ends it."""
+    monkeypatch.setattr(backlog_module, "PACE_TIME", 60.0)
+    harness = Harness(max_queued=10_000, max_queued_bytes=64 << 20)
+    harness.connect()
+    return harness
+
+
+def submit_large_in_thread(harness: Harness) -> threading.Thread:
+    thread = threading.Thread(target=harness.submit, args=(LARGE, 0, None), daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("end", [Harness.pump, Harness.disconnect, lambda harness: harness.backlog.abandon(())])
+def test_who_makes_large_messages_faster_than_they_leave_waits_a_moment(patient: Harness, end: Any) -> None:
+    patient.submit(LARGE, 0, None)
+    assert not patient.backlog.crowded
+    thread = submit_large_in_thread(patient)
+    eventually(lambda: patient.backlog._waiting == 1)
+    assert len(patient.backlog.lossy) == 2, "it is taken already"
+    end(patient)
+    if patient.backlog.lossy:
+        end(patient)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not patient.backlog.crowded
+    assert patient.held() == (0, 0)
+
+
+def test_whoever_may_not_block_does_not_wait_behind_a_crowd(patient: Harness) -> None:
+    for _ in range(10):
+        patient.submit(LARGE, 0, timeout=0)
+    assert patient.backlog.crowded
+    assert len(patient.backlog.lossy) == 10
+
+
+def test_small_messages_are_no_crowd(patient: Harness) -> None:
+    for _ in range(5_000):
+        patient.submit(b"x" * 1_000, 0, None)
+    assert not patient.backlog.crowded
+
+
+def test_the_wait_behind_a_crowd_is_short() -> None:
+    harness = Harness(max_queued_bytes=64 << 20)
+    harness.connect()
+    for _ in range(5):
+        harness.submit(LARGE, 0, None)  # returns, although nobody takes them
+    assert len(harness.backlog.lossy) == 5
 
 
 # -- shutdown -----------------------------------------------------------------------------
