@@ -46,6 +46,11 @@ def plain(data: object) -> Any:
 
 def is_plain(data: object) -> bool:
     """Whether *data* is plain JSON, finite, and at most ``MAX_DEPTH`` levels deep. Does not look into strings."""
+    if type(data) is dict:  # as it mostly is: one call less
+        for key in data:
+            if type(key) is not str:
+                return False
+        return _are_plain(data.values(), MAX_DEPTH - 1)
     return _are_plain((data,), MAX_DEPTH)
 
 
@@ -54,7 +59,7 @@ def _are_plain(values: Iterable[Any], depth: int) -> bool:
     # and whatever has __json__ or toDict as these please.
     for value in values:
         kind = type(value)
-        if kind in _SCALARS:
+        if kind is str or kind is int:
             continue
         if kind is float:
             if value - value:  # NaN, which is true, for NaN and the infinities
@@ -65,16 +70,18 @@ def _are_plain(values: Iterable[Any], depth: int) -> bool:
                     return False
             if not depth or not _are_plain(value.values(), depth - 1):
                 return False
-        elif kind is not list or not depth or not _are_plain(value, depth - 1):
+        elif kind is list:
+            if not depth or not _are_plain(value, depth - 1):
+                return False
+        elif kind is not bool and value is not None:
             return False
     return True
 
 
 def is_bounded(data: object) -> bool:
     """Whether *data*, which is JSON as it was read, is plain, too: finite, and at most ``MAX_DEPTH`` levels deep."""
-    kind = type(data)
-    if kind is dict:
-        return _are_bounded(data.values(), MAX_DEPTH - 1)  # type: ignore[attr-defined]
+    if type(data) is dict:
+        return _are_bounded(data.values(), MAX_DEPTH - 1)
     return _are_bounded((data,), MAX_DEPTH)
 
 
