@@ -162,7 +162,7 @@ class LoopDispatcher(WorkerPool):
     def _wake(self) -> None:
         super()._wake()
         # The flag is cleared before the turns are looked at: one that is added in between is seen.
-        if self._loop_turns and not self._called:
+        if self._loop_turns:
             self._called = True
             # Lasting: otherwise the consumers would never have a turn again.
             self._bridge.post(self._take_up, lasting=True)
@@ -181,7 +181,8 @@ class LoopDispatcher(WorkerPool):
     def _look(self) -> None:
         """Give each turn a task of its own if the one that takes them in turn waits for something."""
         self._looking = False
-        if not self._free:
+        # Turns that came just now are no sign of that: `_take_up` is about to see to them.
+        if not self._free and not self._called:
             for _ in range(len(self._loop_turns)):
                 self._spawn()
 

@@ -109,6 +109,26 @@ async def test_handlers_that_never_wait_share_a_task_and_leave_the_loop_to_other
     await harness.stop()
 
 
+async def test_a_burst_that_comes_when_the_last_is_done_is_no_sign_of_a_handler_that_waits() -> None:
+    harness = Harness()
+    tasks: set[asyncio.Task[Any] | None] = set()
+    handled = 0
+
+    async def handler(_: bytes) -> None:
+        nonlocal handled
+        handled += 1
+        tasks.add(asyncio.current_task())
+
+    consumers = [harness.consumer(handler) for _ in range(10)]
+    async with asyncio.timeout(30):
+        for burst in range(1, 21):
+            harness.submit(*consumers)
+            while handled < 10 * burst:
+                await asyncio.sleep(0)
+    assert len(tasks) <= 20
+    await harness.stop()
+
+
 async def test_a_handler_that_cancels_its_task_cancels_no_other() -> None:
     """Whether it waits for something after that, and so is cancelled itself, or returns first."""
     harness = Harness()
