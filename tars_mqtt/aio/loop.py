@@ -162,7 +162,7 @@ class LoopDispatcher(WorkerPool):
     def _wake(self) -> None:
         super()._wake()
         # The flag is cleared before the turns are looked at: one that is added in between is seen.
-        if self._loop_turns:
+        if self._loop_turns and not self._called:
             self._called = True
             # Lasting: otherwise the consumers would never have a turn again.
             self._bridge.post(self._take_up, lasting=True)
