@@ -54,7 +54,7 @@ def is_plain(data: object) -> bool:
     return _are_plain((data,), MAX_DEPTH)
 
 
-def _are_plain(values: Iterable[Any], depth: int) -> bool:
+def _are_plain(values: Iterable[Any], depth: int) -> bool:  # noqa: C901 - in one piece, because calls are what costs
     # This must look before ujson does, which writes a Decimal as a float, a tuple used as a key as "(1, 2)",
     # and whatever has __json__ or toDict as these please.
     for value in values:

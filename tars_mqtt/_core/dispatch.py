@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from time import monotonic
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import attrs
 
+from tars_mqtt._core.burst import in_work
 from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.lane import Delivery, Lane
 from tars_mqtt._core.recovery import Outcome, Recovery
@@ -26,10 +25,6 @@ _LONGEST_BURST = 64
 
 _LONG_BURST_TIME = 0.005
 """Seconds; a burst that took longer is halved next time, a shorter one doubled."""
-
-
-_in_work: contextvars.ContextVar[Burst | None] = contextvars.ContextVar("in_work", default=None)
-"""Inside a handler: the burst that it belongs to."""
 
 
 class Handling(Protocol):
@@ -217,7 +212,7 @@ class Dispatcher:
 
     def own_work(self) -> int:
         """Inside a handler: the size of its burst, which must not be waited for there; otherwise 0."""
-        burst = _in_work.get()
+        burst = in_work.get()
         return burst.size if burst is not None and burst.dispatcher is self else 0
 
     def wait_idle(self, timeout: float, own: int, reader: object) -> bool:
@@ -362,14 +357,12 @@ class Dispatcher:
         Raises:
             TimeoutError: Nothing came in time.
         """
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._changed:
                 consumer.reader = threading.current_thread()
-                left = None if deadline is None else max(0.0, deadline - monotonic())
-                if not self._wait_for(
-                    lambda: len(consumer.lane) or consumer.closed or self.stopping, left
-                ):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._wait_for(lambda: len(consumer.lane) or consumer.closed or self.stopping, left):
                     consumer.reader = None
                     raise TimeoutError("no message came in time")
                 taken = self._next(consumer)
@@ -431,85 +424,3 @@ def _has_left(reader: Any) -> bool:
     if isinstance(reader, threading.Thread):
         return not reader.is_alive()
     return reader is None or reader.done()
-
-
-class Burst:
-    """The deliveries that a worker, a thread or a task, handles in one go, and how they came out.
-
-    Each worker has one, and begins it anew for every turn.
-    """
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.dispatcher = dispatcher
-        self.size = 0
-        self.turn: Turn | None = None
-        """None while the worker has nothing to do."""
-        self._batch: Sequence[Delivery] = ()
-        self._index = 0
-        self._handled = 0
-        self._postponed = False
-        self._started = 0.0
-        _in_work.set(self)
-
-    def begin(self, turn: Turn) -> None:
-        """Take what is to be handled. Holds the dispatcher's lock."""
-        self.turn = turn
-        self._batch = batch = self.dispatcher._take(turn)
-        self.size = len(batch)
-        self._handled = 0
-        self._postponed = False
-        self._started = monotonic()
-
-    def __iter__(self) -> Iterator[Delivery]:
-        """What is to be handled, one after the other; say how each `came_out`."""
-        dispatcher, turn, batch = self.dispatcher, self.turn, self._batch
-        assert turn is not None
-        for self._index, delivery in enumerate(batch):
-            if turn.life != dispatcher._life:
-                # Not done, so not acknowledged: the broker delivers it to the next session.
-                dispatcher._counters.drop("shutdown", len(batch) - self._index)
-                return
-            if turn.consumer.closed:
-                dispatcher._give_up(batch[self._index :], "unsubscribed")
-                return
-            yield delivery
-            if self._postponed:
-                return
-
-    def came_out(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Acknowledge, retry or bury."""
-        dispatcher, turn = self.dispatcher, self.turn
-        if outcome is Outcome.HANDLED or outcome is Outcome.SKIPPED:
-            self._handled += outcome is Outcome.HANDLED
-            acknowledgement = delivery.acknowledgement
-            if acknowledgement is not None and acknowledgement.done():
-                dispatcher._acknowledge()
-            return
-        assert turn is not None
-        delay = dispatcher._after_failure(turn.consumer, delivery, outcome)
-        if delay is not None:
-            self._postponed = True
-            done, rest = self._batch[: self._index], self._batch[self._index :]
-            dispatcher._postpone(turn, done, rest, self._handled, delay)
-
-    def give_back(self, delay: float) -> None:
-        """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
-        assert self.turn is not None
-        batch, index = self._batch, self._index
-        self.came_out(batch[index], Outcome.FAILED)
-        done, rest = batch[: index + 1], batch[index + 1 :]
-        if rest and not self._postponed:
-            self._postponed = True
-            self.dispatcher._postpone(self.turn, done, rest, self._handled, delay)
-
-    def finish(self) -> bool:
-        """Account for it; True when the consumer has more for the same worker. Holds the dispatcher's lock."""
-        turn, batch = self.turn, self._batch
-        assert turn is not None
-        self.turn, self._batch, self.size = None, (), 0
-        duration = monotonic() - self._started
-        return not self._postponed and self.dispatcher._finish(turn, batch, self._handled, duration)
-
-    def forget(self) -> None:
-        """Somebody else has dealt with it. An idle worker keeps no messages."""
-        self.turn, self._batch, self.size = None, (), 0

@@ -199,9 +199,7 @@ class Inbound:
             key = registration.key_of(message)
             hash(key)
         except Exception:
-            logger.exception(
-                "order_by failed on a message of %r", message.topic, extra=self._extra(message)
-            )
+            logger.exception("order_by failed on a message of %r", message.topic, extra=self._extra(message))
             return None
         return key  # type: ignore[no-any-return]
 

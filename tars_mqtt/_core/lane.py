@@ -87,7 +87,7 @@ class Fifo:
             batch.append(line.popleft())
         return batch
 
-    def finish(self, batch: Sequence[Delivery]) -> int:
+    def finish(self, batch: Sequence[Delivery]) -> int:  # noqa: ARG002 - nothing waits for it
         return len(self._lossy) + len(self._kept)
 
     def drop_oldest(self) -> Delivery | None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import attrs
 
-from tars_mqtt._core.dispatch import Burst, Dispatcher, Turn
+from tars_mqtt._core.burst import Burst
+from tars_mqtt._core.dispatch import Dispatcher, Turn
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.stats import Counters
 
@@ -146,16 +147,18 @@ class WorkerPool(Dispatcher):
                     return False
                 if arrived:
                     self._waking = False
+                call = None
                 if self._turns:
                     burst.begin(self._turns.popleft())
                     call = self._whom_to_call()
-                    break
-                self._idle.append(bell)
+                else:
+                    self._idle.append(bell)
+            if call is not None:
+                call()
+            if burst.turn is not None:
+                return True
             bell.acquire()
             arrived = True
-        if call is not None:
-            call()
-        return True
 
     def _handle(self, burst: Burst) -> None:
         turn = burst.turn

@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from tars_mqtt._core.aside import on_a_thread
-from tars_mqtt._core.dispatch import Burst, Turn
+from tars_mqtt._core.burst import Burst
+from tars_mqtt._core.dispatch import Turn
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome

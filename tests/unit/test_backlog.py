@@ -326,7 +326,9 @@ def submit_large_in_thread(harness: Harness) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("end", [Harness.pump, Harness.disconnect, lambda harness: harness.backlog.abandon(())])
+@pytest.mark.parametrize(
+    "end", [Harness.pump, Harness.disconnect, lambda harness: harness.backlog.abandon(())]
+)
 def test_who_makes_large_messages_faster_than_they_leave_waits_a_moment(patient: Harness, end: Any) -> None:
     patient.submit(LARGE, 0, None)
     assert not patient.backlog.crowded

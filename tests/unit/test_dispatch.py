@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import pytest
 
@@ -64,7 +65,9 @@ def threads_of(pool: WorkerPool) -> int:
     return len(pool._threads)
 
 
-def consumer(pool: WorkerPool, handling: Handling, lane: Fifo | Keyed | None = None, limit: int = 1) -> Consumer:
+def consumer(
+    pool: WorkerPool, handling: Handling, lane: Fifo | Keyed | None = None, limit: int = 1
+) -> Consumer:
     added = Consumer(lane=Fifo() if lane is None else lane, limit=limit, handle=handling)
     pool.add(added)
     return added
@@ -153,7 +156,7 @@ def test_an_idle_worker_keeps_no_message() -> None:
 class _Payload(bytes):
     """Says when nobody has it any more."""
 
-    def __new__(cls, ended: threading.Event) -> _Payload:
+    def __new__(cls, ended: threading.Event) -> Self:
         self = super().__new__(cls, b"1")
         self.ended = ended
         return self
@@ -231,5 +234,3 @@ def test_order_holds_within_a_consumer_whoever_does_the_work(workers: int) -> No
         eventually(lambda: [handling.seen for handling in handlings] == expected)
         assert pool.handled == sum(map(len, expected))
         eventually(lambda: pool.pending == 0)
-
-

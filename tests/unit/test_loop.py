@@ -17,6 +17,12 @@ from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
 from tars_mqtt.message import Message
 
 
+async def until(predicate: Callable[[], object], pause: float = 0.001) -> None:
+    async with asyncio.timeout(30):
+        while not predicate():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(pause)
+
+
 class Harness:
     """A dispatcher on the running loop."""
 
@@ -36,9 +42,7 @@ class Harness:
         self.dispatcher.submit({each: [Delivery(Message("t", payload), None)] for each in consumers})
 
     async def idle(self) -> None:
-        async with asyncio.timeout(30):
-            while self.dispatcher.pending or self.dispatcher._tasks:
-                await asyncio.sleep(0.001)
+        await until(lambda: not (self.dispatcher.pending or self.dispatcher._tasks))
 
     async def stop(self) -> None:
         assert await asyncio.to_thread(self.dispatcher.stop, 30) == []
@@ -126,11 +130,9 @@ async def test_a_burst_that_comes_when_the_last_is_done_is_no_sign_of_a_handler_
         handled += 1
 
     consumers = [harness.consumer(handler) for _ in range(10)]
-    async with asyncio.timeout(30):
-        for burst in range(1, 21):
-            harness.submit(*consumers)
-            while handled < 10 * burst:
-                await asyncio.sleep(0)
+    for burst in range(1, 21):
+        harness.submit(*consumers)
+        await until(lambda burst=burst: handled == 10 * burst, pause=0)
     assert spawned <= 20
     await harness.stop()
 
@@ -184,21 +186,13 @@ async def test_everybody_is_served_after_all_tasks_were_cancelled() -> None:
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
     await harness.idle()
-    async with asyncio.timeout(30):
-        while sorted(handled) != [b"1", b"2"]:
-            await asyncio.sleep(0.001)
+    await until(lambda: sorted(handled) == [b"1", b"2"])
     await harness.stop()
-
-
-async def hear(handled: list[bytes], count: int) -> None:
-    async with asyncio.timeout(30):
-        while len(handled) < count:
-            await asyncio.sleep(0.001)
 
 
 def test_turns_that_a_cancelled_loop_leaves_behind_are_taken_on_the_next() -> None:
     handled: list[bytes] = []
-    harness: Harness
+    harnesses: list[Harness] = []
 
     async def handler(payload: bytes) -> None:
         if payload == b"wait":
@@ -206,16 +200,17 @@ def test_turns_that_a_cancelled_loop_leaves_behind_are_taken_on_the_next() -> No
         handled.append(payload)
 
     async def first_loop() -> None:
-        nonlocal harness
         harness = Harness()
+        harnesses.append(harness)
         consumers = [harness.consumer(handler) for _ in range(3)]
         harness.submit(consumers[0], payload=b"wait")
         await asyncio.sleep(0)
         harness.submit(*consumers, payload=b"later")
 
     async def second_loop() -> None:
+        (harness,) = harnesses
         harness.dispatcher._bridge.bind(asyncio.get_running_loop())
-        await hear(handled, 3)
+        await until(lambda: len(handled) == 3)
         await harness.stop()
 
     asyncio.run(first_loop())
@@ -225,25 +220,27 @@ def test_turns_that_a_cancelled_loop_leaves_behind_are_taken_on_the_next() -> No
 
 def test_tasks_of_a_loop_that_was_closed_under_them_keep_nobody_waiting() -> None:
     handled: list[bytes] = []
-    harness: Harness
+    harnesses: list[Harness] = []
 
     async def handler(payload: bytes) -> None:
         handled.append(payload)
         if payload == b"stop":
-            time.sleep(0.005)  # so long that its task leaves the loop to others next, of which there are none
+            # So long that its task leaves the loop to others next, of which there are none.
+            time.sleep(0.005)  # noqa: ASYNC251
             asyncio.get_running_loop().stop()
 
     async def first_loop() -> None:
-        nonlocal harness
         harness = Harness()
+        harnesses.append(harness)
         first, second = harness.consumer(handler), harness.consumer(handler)
         harness.submit(first, payload=b"stop")
         harness.submit(second, payload=b"later")
 
     async def second_loop() -> None:
+        (harness,) = harnesses
         harness.dispatcher._bridge.bind(asyncio.get_running_loop())
         harness.submit(harness.consumer(handler), payload=b"last")
-        await hear(handled, 3)
+        await until(lambda: len(handled) == 3)
         await harness.stop()
 
     with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -253,5 +250,6 @@ def test_tasks_of_a_loop_that_was_closed_under_them_keep_nobody_waiting() -> Non
         assert handled == [b"stop"]
     asyncio.run(second_loop())
     assert handled == [b"stop", b"later", b"last"]
-    del task, harness
+    del task
+    harnesses.clear()
     gc.collect()  # asyncio complains of what was left pending: here, and not in another test

@@ -1,0 +1,99 @@
+"""What a worker handles in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from tars_mqtt._core.recovery import Outcome
+
+if TYPE_CHECKING:
+    from tars_mqtt._core.dispatch import Dispatcher, Turn
+    from tars_mqtt._core.lane import Delivery
+
+in_work: ContextVar[Burst | None] = ContextVar("in_work", default=None)
+"""Inside a handler: the burst that it belongs to."""
+
+
+class Burst:
+    """The deliveries that a worker, a thread or a task, handles in one go, and how they came out.
+
+    Each worker has one, and begins it anew for every turn.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.size = 0
+        self.turn: Turn | None = None
+        """None while the worker has nothing to do."""
+        self._batch: Sequence[Delivery] = ()
+        self._index = 0
+        self._handled = 0
+        self._postponed = False
+        self._started = 0.0
+        in_work.set(self)
+
+    def begin(self, turn: Turn) -> None:
+        """Take what is to be handled. Holds the dispatcher's lock."""
+        self.turn = turn
+        self._batch = batch = self.dispatcher._take(turn)
+        self.size = len(batch)
+        self._handled = 0
+        self._postponed = False
+        self._started = monotonic()
+
+    def __iter__(self) -> Iterator[Delivery]:
+        """What is to be handled, one after the other; say how each `came_out`."""
+        dispatcher, turn, batch = self.dispatcher, self.turn, self._batch
+        assert turn is not None
+        for self._index, delivery in enumerate(batch):
+            if turn.life != dispatcher._life:
+                # Not done, so not acknowledged: the broker delivers it to the next session.
+                dispatcher._counters.drop("shutdown", len(batch) - self._index)
+                return
+            if turn.consumer.closed:
+                dispatcher._give_up(batch[self._index :], "unsubscribed")
+                return
+            yield delivery
+            if self._postponed:
+                return
+
+    def came_out(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Acknowledge, retry or bury."""
+        dispatcher, turn = self.dispatcher, self.turn
+        if outcome is Outcome.HANDLED or outcome is Outcome.SKIPPED:
+            self._handled += outcome is Outcome.HANDLED
+            acknowledgement = delivery.acknowledgement
+            if acknowledgement is not None and acknowledgement.done():
+                dispatcher._acknowledge()
+            return
+        assert turn is not None
+        delay = dispatcher._after_failure(turn.consumer, delivery, outcome)
+        if delay is not None:
+            self._postponed = True
+            done, rest = self._batch[: self._index], self._batch[self._index :]
+            dispatcher._postpone(turn, done, rest, self._handled, delay)
+
+    def give_back(self, delay: float) -> None:
+        """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
+        assert self.turn is not None
+        batch, index = self._batch, self._index
+        self.came_out(batch[index], Outcome.FAILED)
+        done, rest = batch[: index + 1], batch[index + 1 :]
+        if rest and not self._postponed:
+            self._postponed = True
+            self.dispatcher._postpone(self.turn, done, rest, self._handled, delay)
+
+    def finish(self) -> bool:
+        """Account for it; True when the consumer has more for the same worker. Holds the dispatcher's lock."""
+        turn, batch = self.turn, self._batch
+        assert turn is not None
+        self.turn, self._batch, self.size = None, (), 0
+        duration = monotonic() - self._started
+        return not self._postponed and self.dispatcher._finish(turn, batch, self._handled, duration)
+
+    def forget(self) -> None:
+        """Somebody else has dealt with it. An idle worker keeps no messages."""
+        self.turn, self._batch, self.size = None, (), 0
