@@ -38,7 +38,7 @@ class Handling(Protocol):
 
 @attrs.define(eq=False)
 class Consumer:
-    """One subscription as its dispatcher sees it. The last six: guarded by its lock."""
+    """One subscription as its dispatcher sees it. The last seven: guarded by its lock."""
 
     lane: Lane
     limit: int
