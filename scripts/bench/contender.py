@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 
+BARE = "socket"
+
 
 @attrs.frozen(kw_only=True)
 class Contender:
@@ -16,7 +18,7 @@ class Contender:
         name: For the command line and the tables.
         adapter: Module of `bench.clients` and class.
         imports: What its user imports; empty where another contender imports the same.
-        distribution: The package whose version is reported.
+        distribution: The package whose version is reported; empty for no client at all.
         settings: For its constructor.
         path: A directory to import it from, instead of what is installed.
     """
@@ -31,6 +33,11 @@ class Contender:
     @property
     def ours(self) -> bool:
         return self.distribution == "tars-mqtt"
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is no client: it shows what the broker and the machine allow, and nobody competes with it."""
+        return not self.distribution
 
     @property
     def threaded(self) -> bool:
@@ -57,4 +64,5 @@ CONTENDERS = (
         imports="faststream.mqtt",
         distribution="faststream",
     ),
+    Contender(name=BARE, adapter="bare.Bare", imports="", distribution=""),
 )

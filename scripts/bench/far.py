@@ -27,13 +27,13 @@ def build(directory: Path) -> list[str]:
 # -- what far.c does --------------------------------------------------------------------------
 
 
-class _Connection:
+class Connection:
     def __init__(self, port: int, client_id: bytes) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
         head = b"\x00\x04MQTT\x04\x02\x00\x00"
-        self.send(_packet(0x10, head + len(client_id).to_bytes(2, "big") + client_id))
+        self.send(packet(0x10, head + len(client_id).to_bytes(2, "big") + client_id))
         self.count(0x20)
 
     def send(self, data: bytes) -> None:
@@ -41,7 +41,11 @@ class _Connection:
 
     def count(self, kind: int) -> int:
         """Wait for packets and return how many of this kind came."""
-        found = 0
+        return len(self.bodies(kind))
+
+    def bodies(self, kind: int) -> list[bytes]:
+        """Wait for packets of this kind and return what follows their headers; others pass by."""
+        found: list[bytes] = []
         while not found:
             received = self._socket.recv(1 << 20)
             if not received:
@@ -57,15 +61,17 @@ class _Connection:
                 if position >= size:
                     break
                 length |= self._unread[position] << shift
-                if position + 1 + length > size:
+                end = position + 1 + length
+                if end > size:
                     break
-                found += self._unread[start] & 0xF0 == kind
-                start = position + 1 + length
+                if self._unread[start] & 0xF0 == kind:
+                    found.append(self._unread[position + 1 : end])
+                start = end
             self._unread = self._unread[start:]
         return found
 
 
-def _packet(first: int, body: bytes) -> bytes:
+def packet(first: int, body: bytes) -> bytes:
     length, header = len(body), bytearray([first])
     while length > 127:
         header.append(length & 127 | 128)
@@ -75,8 +81,8 @@ def _packet(first: int, body: bytes) -> bytes:
 
 
 def _subscribe(port: int, count: int) -> None:
-    connection = _Connection(port, b"far-subscriber")
-    connection.send(_packet(0x82, b"\x00\x01\x00\x07bench/#\x00"))
+    connection = Connection(port, b"far-subscriber")
+    connection.send(packet(0x82, b"\x00\x01\x00\x07bench/#\x00"))
     connection.count(0x90)
     _say("ready")
     while count > 0:
@@ -88,7 +94,7 @@ def _publish(port: int, count: int, qos: int, topics: int, window: int) -> None:
     payload = sys.stdin.buffer.readline().rstrip(b"\n")
     before, mark, after = payload.partition(b'"id":"')
     before, after = before + mark, after[_ID_DIGITS:]
-    connection = _Connection(port, b"far-publisher")
+    connection = Connection(port, b"far-publisher")
     _say("ready")
     if not sys.stdin.buffer.readline():
         return
@@ -98,7 +104,7 @@ def _publish(port: int, count: int, qos: int, topics: int, window: int) -> None:
         topic = b"bench/%05d/event" % (number % topics)
         packet_id = (number % 65_535 + 1).to_bytes(2, "big") if qos else b""
         envelope = b"%b%032x%b" % (before, number, after)
-        batch += _packet(0x30 | qos << 1, len(topic).to_bytes(2, "big") + topic + packet_id + envelope)
+        batch += packet(0x30 | qos << 1, len(topic).to_bytes(2, "big") + topic + packet_id + envelope)
         unacknowledged += qos
         if len(batch) >= _BATCH_BYTES or unacknowledged == window:
             connection.send(bytes(batch))

@@ -38,6 +38,10 @@ class Laboratory:
         """Whether this client can do that work."""
         if workload.run == "import":
             return bool(contender.imports)
+        if contender.bare:
+            return (
+                workload.run in {"receive", "round_trip"} and workload.topics == 1 and not workload.settings
+            )
         if workload.threads and not contender.threaded:
             return False
         return not workload.settings or (contender.ours and _has_settings(workload))

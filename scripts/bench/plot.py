@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape
 
+from bench.contender import BARE
 from bench.result import Results
 from bench.table import number
 from bench.workload import CPU, Workload
@@ -25,11 +26,13 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328; }
 .unit, .note { fill: #656d76; font-weight: 400; }
 .ours { fill: #0969da; }
 .peer { fill: #afb8c1; }
+.bare { fill: none; stroke: #afb8c1; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; }
   .unit, .note { fill: #8d96a0; }
   .ours { fill: #4493f8; }
   .peer { fill: #484f58; }
+  .bare { stroke: #484f58; }
 }"""
 
 
@@ -67,7 +70,7 @@ def _panel(results: Results, workload: Workload) -> list[str]:
         top = _TITLE_HEIGHT + index * _ROW_HEIGHT
         base = top + _BAR_HEIGHT - 2
         start, end = _NAME_WIDTH + 8, _NAME_WIDTH + 14 + width
-        kind = "ours" if client in results.ours else "peer"
+        kind = "ours" if client in results.ours else "bare" if client == BARE else "peer"
         label = f'{number(value)} <tspan class="unit">{number(cpu)} µs</tspan>'
         parts += [
             f'<text x="{_NAME_WIDTH}" y="{base}" text-anchor="end">{escape(client)}</text>',

@@ -13,7 +13,7 @@ from typing import Self
 
 import attrs
 
-from bench.contender import Contender
+from bench.contender import BARE, Contender
 from bench.measure import Metrics
 from bench.workload import WORKLOADS, Metric, Workload
 
@@ -85,8 +85,8 @@ class Results:
 
     def peers(self, workload: Workload) -> list[str]:
         """Who did it of the packages that are not ours."""
-        ours = tuple(self.ours)
-        return [name for name in self.clients(workload) if name.partition("@")[0] not in ours]
+        not_peers = (*self.ours, BARE)
+        return [name for name in self.clients(workload) if name.partition("@")[0] not in not_peers]
 
     def value(self, workload: Workload, client: str, metric: Metric) -> float:
         """The median over the rounds."""
@@ -119,6 +119,8 @@ class Results:
 def _version(contender: Contender) -> str:
     if contender.path is not None:
         return contender.path
+    if contender.bare:
+        return ""
     try:
         return version(contender.distribution)
     except PackageNotFoundError:

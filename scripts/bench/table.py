@@ -19,7 +19,7 @@ def tables(results: Results) -> str:
 
 
 def _versions(results: Results) -> str:
-    return ", ".join(f"{name} {number}" for name, number in results.versions.items())
+    return ", ".join(f"{name} {number}" for name, number in results.versions.items() if number)
 
 
 def _rows(results: Results, workload: Workload) -> list[list[str]]:

@@ -42,7 +42,14 @@ def test_a_quick_run_measures_every_workload_and_draws_it(mosquitto, tmp_path):
     """A quick run of the benchmark does all its workloads, and writes a table, JSON and a plot."""
     report, picture = tmp_path / "report.json", tmp_path / "plot.svg"
     run = bench(
-        mosquitto, "--quick", "--clients", ",".join([*OURS, "paho"]), "--json", report, "--plot", picture
+        mosquitto,
+        "--quick",
+        "--clients",
+        ",".join([*OURS, "paho", "socket"]),
+        "--json",
+        report,
+        "--plot",
+        picture,
     )
     assert run.returncode == 0, run.stderr
     measured = {(each["workload"], each["client"]) for each in json.loads(report.read_text())["measurements"]}
@@ -56,7 +63,10 @@ def test_a_quick_run_measures_every_workload_and_draws_it(mosquitto, tmp_path):
         ("dedup-1", "tars"),
         ("dedup-1", "tars.aio"),
     } <= measured
+    assert {(workload, "socket") for workload in ("receive-0", "receive-1", "round-trip")} <= measured
     assert "### Publish QoS 0" in run.stdout
+    assert "÷ paho" in run.stdout
+    assert "÷ socket" not in run.stdout, "it is no client, so nobody is compared with it"
     assert "paho" in picture.read_text()
 
 
