@@ -21,6 +21,7 @@ from tars_mqtt.errors import (
 if TYPE_CHECKING:
     from tars_mqtt._core.event import Connack
     from tars_mqtt._core.spool import Spool
+    from tars_mqtt._core.stream import Stream
 
 _LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
 """Of topic and payload: two lengths and a packet id go with them in a PUBLISH."""
@@ -42,10 +43,17 @@ class Backlog:
     says when a message of the former is `over`, which makes room for another.
     """
 
-    def __init__(self, max_queued: int, max_queued_bytes: int, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        max_queued: int,
+        max_queued_bytes: int,
+        wake: Callable[[], None],
+        idle_stream: Callable[[], Stream | None] = lambda: None,
+    ) -> None:
         self._max_queued = max_queued
         self._max_queued_bytes = max_queued_bytes
         self._wake = wake
+        self._idle_stream = idle_stream
         self._spool: Spool | None = None
         self._spool_most = self._spool_most_bytes = 0
         # Guarded by _lock; `firm` is also taken from, at its left end, by the network thread:
@@ -60,6 +68,8 @@ class Backlog:
         self._lossy_bytes = 0
         self.crowded = False
         """Whether large messages of QoS 0 come faster than they leave. Read without the lock."""
+        self.sent_at_once = 0
+        """Messages of QoS 0 that never waited here."""
         self.held = 0
         """Messages that are not over, those on their way included."""
         self.held_bytes = 0
@@ -137,6 +147,25 @@ class Backlog:
             PublishRejectedError: No packet can carry it, or the broker would not take it.
         """
         _check_size(len(topic) + len(payload))
+        stream, packet = self._admit_lossy(
+            topic, payload, retain, timeout, at_once=len(payload) <= _LARGE_BYTES
+        )
+        if stream is not None:
+            if stream.send_now(packet):
+                if stream.outgoing_bytes:
+                    self._wake()
+                with self._lock:
+                    self.sent_at_once += 1
+                return
+            self._admit_lossy(topic, payload, retain, timeout, at_once=False)
+        self._wake()
+        if self.crowded and timeout != 0:
+            self._pace()
+
+    def _admit_lossy(
+        self, topic: bytes, payload: bytes, retain: bool, timeout: float | None, at_once: bool
+    ) -> tuple[Stream | None, bytes]:
+        """Make the packet, and queue it; or, if it may go *at once*, return what to send it on."""
         with self._lock:
             while True:
                 if self._refusal is not None:
@@ -152,19 +181,19 @@ class Backlog:
                     break
                 self._await_room(0, size, timeout)  # and look again: the connection may be another one
             if objection is None:
-                self.lossy.append(packet)
-                self._lossy_bytes += size
-                self.held += 1
-                self.held_bytes += size
-                if size > _LARGE_BYTES and self._lossy_bytes > _CROWD_BYTES:
-                    self.crowded = True
-        if objection is not None:
-            raise PublishRejectedError(
-                f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
-            )
-        self._wake()
-        if self.crowded and timeout != 0:
-            self._pace()
+                # Behind what is queued it would overtake. And under the lock it is the connection of these limits.
+                stream = self._idle_stream() if at_once and not self.lossy else None
+                if stream is None:
+                    self.lossy.append(packet)
+                    self._lossy_bytes += size
+                    self.held += 1
+                    self.held_bytes += size
+                    if size > _LARGE_BYTES and self._lossy_bytes > _CROWD_BYTES:
+                        self.crowded = True
+                return stream, packet
+        raise PublishRejectedError(
+            f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
+        )
 
     def _pace(self) -> None:
         """Let the network thread catch up, but not for long."""

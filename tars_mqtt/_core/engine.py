@@ -83,7 +83,9 @@ class Engine:
             clean=config.session_expiry == 0,
         )
         self.dispatcher = make_dispatcher(config, self.counters, transport.wake, self._on_stuck_handler)
-        self._backlog = Backlog(config.max_queued, config.max_queued_bytes, transport.wake)
+        self._backlog = Backlog(
+            config.max_queued, config.max_queued_bytes, transport.wake, transport.idle_stream
+        )
         self._outbound = Outbound(self._backlog, config.max_inflight, self.counters, config.client_id)
         self._backlog.refuse(_not_started())
         self.health = Health(config, self._backlog)
@@ -484,7 +486,7 @@ class Engine:
             **self.counters.totals(),
             messages_in=session.inbound.messages,
             bytes_in=bytes_in,
-            messages_out=outbound.messages,
+            messages_out=outbound.messages + backlog.sent_at_once,
             bytes_out=bytes_out,
             acknowledged=outbound.acknowledgements,
             handled=self.dispatcher.handled,

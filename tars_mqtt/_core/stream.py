@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -75,7 +76,7 @@ class _PassedOver:
 class Stream:
     """Buffers a non-blocking socket, so that packets cost no system call each.
 
-    Owned by the network thread.
+    Owned by the network thread; a publisher may `send_now` while that sleeps.
     """
 
     def __init__(self, sock: socket.socket, packet_limit: int, v5: bool) -> None:
@@ -88,13 +89,18 @@ class Stream:
         self._pieces: list[bytes] = []
         self._piece_bytes = 0
         self._needed = 0
+        self.bytes_in = 0
+        self.sends_now = type(sock) is socket.socket
+        """Whether `send_now` may be called: TLS and websockets have a state of their own between two packets."""
+        # Guarded by _writing:
+        self._writing = threading.Lock()
         self._outgoing: deque[bytes] = deque()
         self._unsent = memoryview(b"")
         self._full = False
+        self._closed = False
         self.outgoing_bytes = 0
         self.drained_bytes = 0
         """What the socket took after it had been full: the peer reads, if slowly."""
-        self.bytes_in = 0
         self.bytes_out = 0
 
     def fileno(self) -> int:
@@ -182,13 +188,38 @@ class Stream:
 
     def write(self, packet: bytes) -> None:
         """Take one whole packet; it leaves with the next `flush`."""
-        self._outgoing.append(packet)
-        self.outgoing_bytes += len(packet)
+        with self._writing:
+            self._outgoing.append(packet)
+            self.outgoing_bytes += len(packet)
 
     def write_all(self, packets: list[bytes]) -> None:
         """Take whole packets."""
-        self._outgoing += packets
-        self.outgoing_bytes += sum(map(len, packets))
+        if packets:
+            with self._writing:
+                self._outgoing += packets
+                self.outgoing_bytes += sum(map(len, packets))
+
+    def send_now(self, packet: bytes) -> bool:
+        """Send a whole packet without waiting; False when others wait, or the socket does not take it now.
+
+        Any thread. What the socket leaves of it goes with the next `flush`.
+        """
+        sent: list[int] = []
+        with self._writing:
+            if self._closed or self.outgoing_bytes:
+                return False
+            try:
+                # In one step: an interrupt comes before it or after it, when it is known how much went.
+                sent.extend(map(self._socket.send, (packet,)))
+            except OSError:
+                return False  # the network thread will find out why
+            finally:
+                if sent:
+                    self.bytes_out += sent[0]
+                    if sent[0] < len(packet):
+                        self._unsent = memoryview(packet)[sent[0] :]
+                        self.outgoing_bytes = len(self._unsent)
+        return True
 
     @property
     def outgoing_packets(self) -> int:
@@ -201,25 +232,26 @@ class Stream:
         Raises:
             ConnectionLostError: The socket failed.
         """
-        while self.outgoing_bytes:
-            if not self._unsent:
-                self._unsent = memoryview(self._join())
-            try:
-                sent = self._socket.send(self._unsent)
-            except (BlockingIOError, InterruptedError):
-                self._full = True
-                return False
-            except OSError as error:
-                raise ConnectionLostError(f"writing failed: {reason_of(error)}") from error
-            if not sent:
-                return False  # a websocket wants the same bytes again
-            self._unsent = self._unsent[sent:]
-            self.outgoing_bytes -= sent
-            self.bytes_out += sent
-            if self._full:
-                self.drained_bytes += sent
-        self._full = False
-        return True
+        with self._writing:
+            while self.outgoing_bytes:
+                if not self._unsent:
+                    self._unsent = memoryview(self._join())
+                try:
+                    sent = self._socket.send(self._unsent)
+                except (BlockingIOError, InterruptedError):
+                    self._full = True
+                    return False
+                except OSError as error:
+                    raise ConnectionLostError(f"writing failed: {reason_of(error)}") from error
+                if not sent:
+                    return False  # a websocket wants the same bytes again
+                self._unsent = self._unsent[sent:]
+                self.outgoing_bytes -= sent
+                self.bytes_out += sent
+                if self._full:
+                    self.drained_bytes += sent
+            self._full = False
+            return True
 
     def _join(self) -> bytes:
         outgoing = self._outgoing
@@ -239,6 +271,12 @@ class Stream:
 
     def close(self) -> None:
         """Close the socket. Idempotent."""
+        with self._writing:  # or a publisher might send on what has got the descriptor next
+            self._closed = True
+            self._socket.close()
+
+    def release_descriptor(self) -> None:
+        """In a forked child, where the lock may never come free: close this process's end."""
         self._socket.close()
 
 

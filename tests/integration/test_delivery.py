@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -536,6 +537,26 @@ def test_a_full_queue_waits_as_long_as_it_may_and_takes_nothing(make_client, bro
         assert client.stats().queued == 2
     finally:
         broker.thaw()
+
+
+@pytest.mark.parametrize("protocol", VERSIONS)
+def test_qos_0_stays_in_order_whether_it_goes_at_once_or_in_a_crowd(
+    make_client, broker: Broker, protocol: str
+) -> None:
+    """Pauses of all lengths between the messages: some find the network thread asleep, some awake."""
+    client = make_client(broker.url, protocol=protocol)
+    received: list[bytes] = []
+    client.subscribe("a/#", received.append)
+    client.connect()
+    for number in range(3_000):
+        client.publish("a/b", b"%d" % number)
+        if number % 3:
+            time.sleep(random.choice((0, 0.00001, 0.0001, 0.0003)))
+    eventually(lambda: len(received) == 3_000)
+    assert received == [b"%d" % number for number in range(3_000)]
+    at_once = client._engine._backlog.sent_at_once
+    assert 100 < at_once < 3_000, "both ways were to be tried"
+    assert client.stats().messages_out >= 3_000
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ class Harness:
         self.counters = Counters()
         self.wakes = 0
         self.clock = FakeClock()
-        self.backlog = Backlog(max_queued, max_queued_bytes, self.wake)
+        self.idle_stream: Any = None
+        """What a publisher may send on at once."""
+        self.backlog = Backlog(max_queued, max_queued_bytes, self.wake, lambda: self.idle_stream)
         self.outbound = Outbound(self.backlog, max_inflight, self.counters, clock=self.clock)
         self.v5 = True
         self.more = False

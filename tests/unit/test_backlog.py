@@ -365,6 +365,88 @@ def test_the_wait_behind_a_crowd_is_short() -> None:
     assert len(harness.backlog.lossy) == 5
 
 
+# -- QoS 0 past the network thread --------------------------------------------------------
+
+
+class IdleStream:
+    """A connection whose network thread sleeps."""
+
+    def __init__(self, takes: bool = True, leaves: int = 0) -> None:
+        self.sent: list[bytes] = []
+        self.outgoing_bytes = 0
+        self._takes = takes
+        self._leaves = leaves
+
+    def send_now(self, packet: bytes) -> bool:
+        if self._takes:
+            self.sent.append(packet)
+            self.outgoing_bytes = self._leaves
+        return self._takes
+
+
+def test_qos_0_goes_at_once_while_the_network_thread_sleeps(harness: Harness) -> None:
+    harness.idle_stream = IdleStream()
+    harness.submit(b"now", qos=0)
+    assert harness.idle_stream.sent == [wire.encode_publish(b"t", b"now", 0, False, False, 0, True)]
+    assert harness.wakes == 0
+    assert harness.held() == (0, 0)
+    assert harness.backlog.sent_at_once == 1
+    assert harness.payloads() == []
+
+
+def test_it_overtakes_nothing_that_is_queued(harness: Harness) -> None:
+    harness.submit(b"first", qos=0)
+    harness.idle_stream = IdleStream()
+    harness.submit(b"second", qos=0)
+    assert harness.idle_stream.sent == []
+    assert harness.payloads() == [b"first", b"second"]
+    harness.submit(b"third", qos=0)
+    assert len(harness.idle_stream.sent) == 1
+
+
+def test_what_cannot_go_at_once_is_queued(harness: Harness) -> None:
+    harness.idle_stream = IdleStream(takes=False)
+    harness.submit(b"later", qos=0)
+    assert harness.wakes == 1
+    assert harness.payloads() == [b"later"]
+    assert harness.backlog.sent_at_once == 0
+
+
+def test_large_messages_are_left_to_the_network_thread(harness: Harness) -> None:
+    harness.idle_stream = IdleStream()
+    harness.submit(b"x" * 50_000, qos=0)
+    assert harness.idle_stream.sent == []
+    assert len(harness.payloads()) == 1
+
+
+def test_the_network_thread_is_woken_for_what_the_socket_has_left(harness: Harness) -> None:
+    harness.idle_stream = IdleStream(leaves=5)
+    harness.submit(b"now", qos=0)
+    assert harness.wakes == 1
+    assert harness.payloads() == []
+
+
+def test_a_connection_that_ends_in_between_refuses_as_if_it_had_ended_before(harness: Harness) -> None:
+    class Ending(IdleStream):
+        def send_now(self, packet: bytes) -> bool:
+            harness.disconnect()
+            return False
+
+    harness.idle_stream = Ending()
+    with pytest.raises(NotConnectedError):
+        harness.submit(b"late", qos=0)
+    assert harness.held() == (0, 0)
+
+
+def test_what_the_broker_would_not_take_is_not_sent_at_once_either() -> None:
+    harness = Harness()
+    harness.connect(maximum_packet_size=100)
+    harness.idle_stream = IdleStream()
+    with pytest.raises(PublishRejectedError):
+        harness.submit(b"x" * 200, qos=0)
+    assert harness.idle_stream.sent == []
+
+
 # -- shutdown -----------------------------------------------------------------------------
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import socket
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
+from types import FrameType
 
 import pytest
 
@@ -274,6 +278,161 @@ def test_writing_to_a_broken_socket_is_a_lost_connection() -> None:
     stream.write(b"\xc0\x00")
     with pytest.raises(ConnectionLostError, match="writing failed: "):
         stream.flush()
+
+
+# -- from another thread ------------------------------------------------------------------
+
+
+def test_a_packet_may_be_sent_past_the_network_thread(pair) -> None:
+    stream, peer = pair
+    assert stream.sends_now
+    packet = publish(b"now")
+    assert stream.send_now(packet)
+    assert peer.recv(1000) == packet
+    assert stream.outgoing_bytes == 0
+    assert stream.bytes_out == len(packet)
+
+
+def test_no_packet_is_sent_past_others(pair) -> None:
+    stream, peer = pair
+    first, second = publish(b"1"), publish(b"2")
+    stream.write(first)
+    assert not stream.send_now(second)
+    assert stream.flush()
+    assert stream.send_now(second)
+    assert peer.recv(1000) == first + second
+
+
+def test_what_the_socket_does_not_take_leaves_first() -> None:
+    sock = FakeSocket(takes=[3])
+    stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    first, second = publish(b"1"), publish(b"2")
+    assert stream.send_now(first)
+    assert stream.outgoing_bytes == len(first) - 3
+    assert not stream.send_now(second)
+    stream.write(second)
+    assert stream.flush()
+    assert sock.sent == first + second
+    assert stream.bytes_out == len(sock.sent)
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(), BrokenPipeError(32, "Broken pipe")])
+def test_a_packet_that_the_socket_refuses_is_still_the_callers(error: OSError) -> None:
+    """What is wrong with the connection is for the network thread to find out."""
+    sock = FakeSocket(takes=[error])
+    stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    assert not stream.send_now(publish(b"1"))
+    assert (stream.outgoing_bytes, stream.bytes_out, sock.sent) == (0, 0, b"")
+
+
+def test_nothing_is_sent_on_a_connection_that_is_over(pair) -> None:
+    """Its descriptor may belong to somebody else by now."""
+    stream, _ = pair
+    stream.close()
+    assert not stream.send_now(publish(b"1"))
+
+
+def test_what_is_no_plain_socket_is_the_network_threads_alone() -> None:
+    assert not Stream(FakeSocket(), LIMIT, v5=True).sends_now  # type: ignore[arg-type]
+
+
+def received(peer: socket.socket) -> bytes:
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while piece := peer.recv(1 << 16):
+            data += piece
+    return data
+
+
+def test_many_threads_tear_no_packet(pair) -> None:
+    """The network thread writes, flushes and is flushed past, all at once; the peer reads slowly."""
+    stream, peer = pair
+    counts = [0] * 4
+    data = bytearray()
+
+    def send(index: int) -> None:
+        for number in range(500):
+            packet = publish(b"%d:%d" % (index, number) + b"x" * (number * 37 % 3000))
+            while not stream.send_now(packet):
+                time.sleep(0)
+            counts[index] += 1
+
+    threads = [threading.Thread(target=send, args=(index,), daemon=True) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    written = 0
+    while any(thread.is_alive() for thread in threads) or stream.outgoing_bytes:
+        stream.write_all([publish(b"n:%d" % written), publish(b"n:%d" % (written + 1))])
+        written += 2
+        while not stream.flush():
+            data += received(peer)
+        data += received(peer)
+    data += received(peer)
+    assert counts == [500] * 4
+    packets, consumed, _ = wire.split_packets(bytes(data), LIMIT)
+    assert consumed == len(data), "something was torn"
+    names = [
+        wire.decode_publish(first, data[start:end], v5=True)[1].rstrip(b"x") for first, start, end in packets
+    ]
+    for origin, count in [(b"n", written), *((b"%d" % index, 500) for index in range(4))]:
+        mine = [name for name in names if name.startswith(origin + b":")]
+        assert mine == [b"%s:%d" % (origin, number) for number in range(count)]
+
+
+class _Interrupt(Exception):
+    """Comes out of a signal handler, as KeyboardInterrupt does."""
+
+
+def test_an_interrupt_tears_no_packet(pair) -> None:
+    """Whether it comes before a packet is sent or after, the stream knows what went."""
+    stream, peer = pair
+    stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code is Stream.send_now.__code__:
+            raise _Interrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    main, done = threading.main_thread().ident, threading.Event()
+    assert main is not None
+    assert threading.get_ident() == main
+    packet = publish(b"y" * 20_000)
+    data = bytearray()
+    interrupts = 0
+
+    def disturb() -> None:
+        while not done.wait(random.uniform(0, 0.0002)):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    def flush_and_read() -> None:
+        while not done.is_set() or stream.outgoing_bytes:
+            stream.flush()
+            data.extend(received(peer))
+        data.extend(received(peer))
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (disturb, flush_and_read)]
+    try:
+        try:
+            for thread in threads:
+                thread.start()
+            while interrupts < 300:
+                try:
+                    while True:
+                        if not stream.send_now(packet):  # taken in part
+                            time.sleep(0)
+                except _Interrupt:
+                    interrupts += 1
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    _, consumed, _ = wire.split_packets(bytes(data), LIMIT)
+    assert consumed == len(data), "something was torn"
+
+
+# -- the end ------------------------------------------------------------------------------
 
 
 def test_a_stream_may_be_closed_twice(pair) -> None:
