@@ -159,8 +159,15 @@ class Backlog:
                 return
             self._admit_lossy(topic, payload, retain, timeout, at_once=False)
         self._wake()
-        if self.crowded and timeout != 0:
+        if timeout != 0 and self.joins_a_crowd():
             self._pace()
+
+    def joins_a_crowd(self) -> bool:
+        """Whether the message that was just queued is a large one among many: worth a short wait."""
+        if not self.crowded:
+            return False
+        with self._lock:
+            return bool(self.lossy) and len(self.lossy[-1]) > _LARGE_BYTES
 
     def _admit_lossy(
         self, topic: bytes, payload: bytes, retain: bool, timeout: float | None, at_once: bool

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tars_mqtt._core.dispatch import Dispatcher, Turn
     from tars_mqtt._core.lane import Delivery
 
-in_work: ContextVar[Burst | None] = ContextVar("in_work", default=None)
-"""Inside a handler: the burst that it belongs to."""
+in_work: ContextVar[tuple[Burst, int] | None] = ContextVar("in_work", default=None)
+"""Inside a handler, and in what it has started: its worker's burst, and the number that this had."""
 
 
 class Burst:
@@ -33,11 +33,14 @@ class Burst:
         self._handled = 0
         self._postponed = False
         self._started = 0.0
-        in_work.set(self)
+        self.number = 0
 
     def begin(self, turn: Turn) -> None:
         """Take what is to be handled. Holds the dispatcher's lock."""
+        self.number += 1
+        in_work.set((self, self.number))
         self.turn = turn
+        self._index = 0
         self._batch = batch = self.dispatcher._take(turn)
         self.size = len(batch)
         self._handled = 0
@@ -78,8 +81,9 @@ class Burst:
 
     def give_back(self, delay: float) -> None:
         """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
-        assert self.turn is not None
         batch, index = self._batch, self._index
+        if self.turn is None or not batch:
+            return
         self.came_out(batch[index], Outcome.FAILED)
         done, rest = batch[: index + 1], batch[index + 1 :]
         if rest and not self._postponed:

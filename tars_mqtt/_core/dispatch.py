@@ -212,8 +212,8 @@ class Dispatcher:
 
     def own_work(self) -> int:
         """Inside a handler: the size of its burst, which must not be waited for there; otherwise 0."""
-        burst = in_work.get()
-        return burst.size if burst is not None and burst.dispatcher is self else 0
+        burst, number = in_work.get() or (None, 0)
+        return burst.size if burst is not None and burst.dispatcher is self and burst.number == number else 0
 
     def wait_idle(self, timeout: float, own: int, reader: object) -> bool:
         """Wait until nothing waits or is in work.

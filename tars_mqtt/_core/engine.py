@@ -298,8 +298,8 @@ class Engine:
 
     @property
     def crowded(self) -> bool:
-        """See `Backlog.crowded`."""
-        return self._backlog.crowded
+        """See `Backlog.joins_a_crowd`."""
+        return self._backlog.crowded and self._backlog.joins_a_crowd()
 
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when a refused message is worth another try."""

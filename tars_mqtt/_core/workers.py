@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -17,6 +18,9 @@ from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.stats import Counters
 
 logger = logging.getLogger("tars_mqtt.dispatch")
+
+_AFTER_ERROR = 0.1
+"""Seconds until what an error of ours interrupted goes on."""
 
 
 @attrs.define(eq=False)
@@ -123,6 +127,8 @@ class WorkerPool(Dispatcher):
                 self._handle(burst)
             except Exception:
                 logger.exception("internal error on a worker thread", extra={"client_id": self._client_id})
+                with contextlib.suppress(Exception):
+                    burst.give_back(_AFTER_ERROR)
         with self._lock:
             self._threads.discard(this)
             was_stuck = this in self._stuck
@@ -170,9 +176,13 @@ class WorkerPool(Dispatcher):
                 outcome = handle(delivery)
             else:
                 watch = self._watch(turn, delivery, timeout)
-                outcome = handle(delivery)
-                if self._expired(watch):
-                    return  # dealt with, and this thread replaced
+                try:
+                    outcome = handle(delivery)
+                finally:
+                    if self._expired(watch):
+                        burst.forget()  # dealt with, and this thread replaced
+                if burst.turn is None:
+                    return
             burst.came_out(delivery, outcome)
 
     # -- handlers with a time limit -----------------------------------------------------------

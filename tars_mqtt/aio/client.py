@@ -98,6 +98,7 @@ class MQTTClient:
                     "this client belongs to another event loop: use it there, or make one client for each loop"
                 )
             self._bridge.bind(loop)
+            self._dispatcher.bound()
         return loop
 
     async def _blocking(self, call: Callable[..., T], *args: Any) -> T:
@@ -143,8 +144,8 @@ class MQTTClient:
         if self._stop is not None:
             self._stop.set()
         limit = seconds(timeout, self.config.shutdown_timeout)
-        self._dispatcher.spared = handler_task.get()
         own = self._dispatcher.own_work(), asyncio.current_task()
+        self._dispatcher.spared = handler_task.get() if own[0] else None
         try:
             await _to_the_end(self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, *own))
         finally:
@@ -363,17 +364,9 @@ class MQTTClient:
         """Let the network thread catch up with large messages, but not for long."""
         loop = asyncio.get_running_loop()
         until = loop.time() + PACE_TIME
-        while self._engine.crowded and loop.time() < until:
-            left: asyncio.Future[None] = loop.create_future()
-            tell = partial(self._bridge.post, partial(resolve, left))
-            timer = loop.call_at(until, resolve, left)
-            self._engine.when_room(tell)
-            try:
-                if self._engine.crowded:  # still
-                    await left
-            finally:
-                timer.cancel()
-                self._engine.never_mind(tell)
+        # Not among those who are called when there is room, for they have to pass the call on.
+        while self._engine.crowded and loop.time() < until:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(PACE_TIME / 5)
 
     # -- subscribing ------------------------------------------------------------------------
 

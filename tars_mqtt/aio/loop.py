@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
@@ -118,6 +119,8 @@ class CoroutineCall(HandlerCall):
             else:
                 async with limit:
                     await self.handler(argument)
+        except GeneratorExit:
+            raise  # the loop was closed, and the collector is here, on any thread, which may hold any lock
         except BaseException as error:
             if timeout is not None and limit is not None and limit.expired():
                 return self.timed_out(delivery, timeout)
@@ -126,7 +129,8 @@ class CoroutineCall(HandlerCall):
                 raise
             return outcome
         finally:
-            current_message.reset(token)
+            with contextlib.suppress(ValueError):  # the collector has another context
+                current_message.reset(token)
         return self.succeeded(delivery)
 
 
@@ -146,7 +150,8 @@ class LoopDispatcher(WorkerPool):
         # Guarded by _lock:
         self._loop_turns: deque[Turn] = deque()
         # Owned by the loop's thread:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Burst | None] = {}
+        """The tasks, and what they have in work."""
         self._free: set[asyncio.Task[None]] = set()
         """Of the tasks, those that are about to take a turn."""
         self._looking = False
@@ -168,16 +173,30 @@ class LoopDispatcher(WorkerPool):
             # Lasting: otherwise the consumers would never have a turn again.
             self._bridge.post(self._take_up, lasting=True)
 
+    def bound(self) -> None:
+        """The bridge has a loop, perhaps after another, which left something behind."""
+        self._bridge.post(self._take_up, lasting=True)
+
     def _take_up(self) -> None:
         """There are turns: have them taken by a task. Runs on the loop."""
         self._called = False
         if self._loop is not self._bridge.loop:
-            self._loop = self._bridge.loop
-            self._tasks.clear()  # those of a loop that is closed never end
-            self._free.clear()
-            self._looking = False
+            self._change_loop()
         if self._loop_turns and not self._free:
             self._spawn()
+
+    def _change_loop(self) -> None:
+        """The tasks of a loop that was closed never end: what they had in work has failed."""
+        abandoned, self._tasks = self._tasks, {}
+        self._loop = self._bridge.loop
+        self._free.clear()
+        self._looking = False
+        for task, burst in abandoned.items():
+            if task not in self._stuck_tasks and burst is not None and burst.turn is not None:
+                self._cancelled(burst, burst.turn)
+        if self._stuck_tasks:
+            self._stuck_tasks.clear()
+            self._tell_stuck(None)
 
     def _look(self) -> None:
         """Give each turn a task of its own if the one that takes them in turn waits for something."""
@@ -189,13 +208,16 @@ class LoopDispatcher(WorkerPool):
 
     def _spawn(self) -> None:
         assert self._loop is not None
-        task = self._loop.create_task(self._serve(), name=f"tars-mqtt/{self._client_id}/handler")
-        self._tasks.add(task)
+        # Made without the loop's factory: a task that began at once would not be free. And with a context of its
+        # own: what called this may run in that of a handler.
+        name = f"tars-mqtt/{self._client_id}/handler"
+        task = asyncio.Task(self._serve(), loop=self._loop, name=name, context=contextvars.Context())
+        self._tasks[task] = None
         self._free.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         self._free.discard(task)
         if task.cancelled():
             self._later(self._wake)
@@ -204,32 +226,39 @@ class LoopDispatcher(WorkerPool):
         """Handle bursts, of whichever consumer has its turn, until there are none.
 
         A task for each would cost as much as the handling. Should a handler wait for something, `_look` has
-        the other turns taken by others.
+        the other turns taken by others; and what it leaves behind in its task, a cancellation or a context
+        variable, is not for the next: that has another task.
         """
         task = asyncio.current_task()
         assert task is not None
         handler_task.set(task)
         loop = task.get_loop()
-        burst = Burst(self)
+        burst = self._tasks[task] = Burst(self)
         until = loop.time() + _LONGEST_HOLD
         while self._begin_next(burst):
             self._free.discard(task)
             if self._loop_turns and not self._looking:
                 self._looking = True
                 loop.call_soon(self._look)
-            try:
-                await self._handle_burst(burst)
-            except Exception:
-                logger.exception("internal error in a handler's task", extra={"client_id": self._client_id})
-            if loop.time() >= until or task.cancelling():
-                # Handlers that never wait would keep the loop to themselves. And who cancels the task it runs in
-                # shall not cancel the next.
+            before = contextvars.copy_context()
+            await self._handle_burst(burst)
+            if task.cancelling() or (self._loop_turns and contextvars.copy_context() != before):
+                self._leave_to_another(burst)
+                return
+            if loop.time() >= until:
+                # Handlers that never wait would keep the loop to themselves.
                 with self._lock:
                     self._conclude(burst, self._loop_turns)
                 self._free.add(task)
                 await asyncio.sleep(0)
                 until = loop.time() + _LONGEST_HOLD
         self._free.discard(task)
+
+    def _leave_to_another(self, burst: Burst) -> None:
+        with self._lock:
+            self._conclude(burst, self._loop_turns)
+        if self._loop_turns and not self._free:
+            self._spawn()
 
     def _begin_next(self, burst: Burst) -> bool:
         """Finish a burst, and begin the next; False when there is none."""
@@ -255,13 +284,19 @@ class LoopDispatcher(WorkerPool):
                     burst.forget()
                     return
                 burst.came_out(delivery, outcome)
-        except asyncio.CancelledError:
-            if not self._given_up(watch):
+        except GeneratorExit:
+            raise  # see above
+        except BaseException as error:
+            if self._given_up(watch):
+                burst.forget()
+            else:
                 self._cancelled(burst, turn)
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            logger.exception("internal error in a handler's task", extra={"client_id": self._client_id})
 
     def _cancelled(self, burst: Burst, turn: Turn) -> None:
-        """A task ends early: by a shutdown, or by somebody else, at the cost of a message and not of the lane."""
+        """A burst ends early: by a shutdown, or by somebody else, at the cost of a message and not of the lane."""
         if turn.life == self._life:
             burst.give_back(_AFTER_CANCELLATION)
         with self._lock:
@@ -308,16 +343,20 @@ class LoopDispatcher(WorkerPool):
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
         stuck = super().stop(timeout)
-        while self._tasks - {self.spared} and (left := deadline - time.monotonic()) > 0:
+        while self._others() and (left := deadline - time.monotonic()) > 0:
             # A task may swallow one cancellation, or two: ask until it ends.
             looked = threading.Event()
             self._bridge.post(lambda looked=looked: self._cancel(looked))  # type: ignore[misc]
             looked.wait(min(left, 0.05))
-            if self._tasks - {self.spared}:
+            if self._others():
                 time.sleep(min(left, 0.01))
-        return stuck + [task.get_name() for task in self._tasks - {self.spared}]
+        return stuck + [task.get_name() for task in self._others()]
+
+    def _others(self) -> set[asyncio.Task[None]]:
+        """All tasks but the one that is spared."""
+        return set(self._tasks) - {self.spared}
 
     def _cancel(self, looked: threading.Event) -> None:
-        for task in self._tasks - {self.spared}:
+        for task in self._others():
             task.cancel()
         looked.set()

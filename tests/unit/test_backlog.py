@@ -344,6 +344,14 @@ def test_who_makes_large_messages_faster_than_they_leave_waits_a_moment(patient:
     assert patient.held() == (0, 0)
 
 
+def test_small_messages_do_not_wait_for_large_ones(patient: Harness) -> None:
+    for _ in range(2):
+        patient.submit(LARGE, 0, timeout=0)
+    assert patient.backlog.crowded
+    patient.submit(b"small", 0, None)  # returns
+    assert not patient.backlog.joins_a_crowd()
+
+
 def test_whoever_may_not_block_does_not_wait_behind_a_crowd(patient: Harness) -> None:
     for _ in range(10):
         patient.submit(LARGE, 0, timeout=0)

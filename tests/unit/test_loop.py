@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
+
+import pytest
 
 from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.dispatch import Consumer
+from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.lane import Delivery, Fifo
+from tars_mqtt._core.recovery import Recovery
 from tars_mqtt._core.stats import Counters
 from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
 from tars_mqtt.message import Message
@@ -35,6 +42,12 @@ class Harness:
     def consumer(self, handler: Callable[[bytes], Awaitable[Any]]) -> Consumer:
         claims = Claims(None, "t", "field", self.counters, "test")
         consumer = Consumer(Fifo(), 1, CoroutineCall(handler, claims, self.counters, "test"))
+        self.dispatcher.add(consumer)
+        return consumer
+
+    def plain_consumer(self, handler: Callable[[bytes], Any]) -> Consumer:
+        claims = Claims(None, "t", "field", self.counters, "test")
+        consumer = Consumer(Fifo(), 1, HandlerCall(handler, claims, self.counters, "test"))
         self.dispatcher.add(consumer)
         return consumer
 
@@ -190,6 +203,129 @@ async def test_everybody_is_served_after_all_tasks_were_cancelled() -> None:
     await harness.stop()
 
 
+async def test_a_context_variable_of_one_handler_is_not_seen_by_another() -> None:
+    harness = Harness()
+    secret: ContextVar[str | None] = ContextVar("secret", default=None)
+    seen: list[str | None] = []
+
+    async def set_it(_: bytes) -> None:
+        secret.set("a")
+
+    async def wait_with_it(_: bytes) -> None:
+        secret.set("b")
+        await asyncio.sleep(0.01)
+
+    async def look(_: bytes) -> None:
+        seen.append(secret.get())
+
+    for setter in (set_it, wait_with_it):
+        harness.submit(harness.consumer(setter), harness.consumer(look), harness.consumer(look))
+        await harness.idle()
+    assert seen == [None] * 4
+    await harness.stop()
+
+
+async def test_what_a_handler_leaves_running_is_not_part_of_anothers_work() -> None:
+    """A shutdown that it asks for waits for the others."""
+    harness = Harness()
+    later: list[asyncio.Task[int]] = []
+    inside, looked = asyncio.Event(), asyncio.Event()
+
+    async def look_later() -> int:
+        await inside.wait()
+        return harness.dispatcher.own_work()
+
+    async def leave_it(_: bytes) -> None:
+        assert harness.dispatcher.own_work() == 1
+        later.append(asyncio.create_task(look_later()))
+
+    async def work(_: bytes) -> None:
+        inside.set()
+        await looked.wait()
+
+    harness.submit(harness.consumer(leave_it), harness.consumer(work))
+    await inside.wait()
+    assert await later[0] == 0
+    looked.set()
+    await harness.idle()
+    await harness.stop()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are of Python 3.12")
+async def test_on_a_loop_with_eager_tasks_handlers_wait_side_by_side_as_well() -> None:
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+    harness = Harness()
+    answer = asyncio.Event()
+
+    async def ask(_: bytes) -> None:
+        harness.submit(answering)
+        async with asyncio.timeout(30):
+            await answer.wait()
+
+    async def give_answer(_: bytes) -> None:
+        answer.set()
+
+    answering = harness.consumer(give_answer)
+    harness.submit(harness.consumer(ask))
+    await until(answer.is_set)
+    await harness.idle()
+    await harness.stop()
+
+
+class _Broken(logging.Filter):
+    """An error where nobody expects one: in the user's logging."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "handler" in record.getMessage():
+            raise RuntimeError("broken filter")
+        return True
+
+
+@pytest.mark.parametrize("is_coroutine", [True, False])
+async def test_an_internal_error_costs_one_attempt_and_no_order(
+    is_coroutine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tars_mqtt._core.workers._AFTER_ERROR", 0.0)
+    monkeypatch.setattr("tars_mqtt.aio.loop._AFTER_CANCELLATION", 0.0)
+    harness = Harness()
+    inside = most = 0
+    handled: list[bytes] = []
+
+    def work(payload: bytes) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        try:
+            if payload == b"raise":
+                raise ValueError
+            handled.append(payload)
+        finally:
+            inside -= 1
+
+    async def work_on_the_loop(payload: bytes) -> None:
+        work(payload)
+
+    recovery = Recovery(timeout=0.05)
+    consumer = harness.consumer(work_on_the_loop) if is_coroutine else harness.plain_consumer(work)
+    consumer.recovery = recovery
+    logger = logging.getLogger("tars_mqtt.dispatch")
+    broken = _Broken()
+    logger.addFilter(broken)
+    try:
+        for number in range(5):
+            harness.submit(consumer, payload=b"raise")
+            harness.submit(consumer, payload=b"%d" % number)
+        await until(lambda: len(handled) == 5)
+        await asyncio.sleep(0.15)  # the time limits of the calls that failed are over by then
+    finally:
+        logger.removeFilter(broken)
+    await until(lambda: consumer.tokens == 0)
+    assert handled == [b"%d" % number for number in range(5)]
+    assert (most, harness.dispatcher.pending, consumer.offered) == (1, 0, 0)
+    assert "handler_timeouts" not in harness.counters.totals()
+    await harness.stop()
+
+
 def test_turns_that_a_cancelled_loop_leaves_behind_are_taken_on_the_next() -> None:
     handled: list[bytes] = []
     harnesses: list[Harness] = []
@@ -253,3 +389,42 @@ def test_tasks_of_a_loop_that_was_closed_under_them_keep_nobody_waiting() -> Non
     del task
     harnesses.clear()
     gc.collect()  # asyncio complains of what was left pending: here, and not in another test
+
+
+def test_a_handler_that_a_closed_loop_left_in_the_middle_costs_its_message_alone() -> None:
+    """Its coroutine is destroyed by the collector, at any time and on any thread."""
+    handled: list[bytes] = []
+    harnesses: list[Harness] = []
+    consumers: list[Consumer] = []
+
+    async def handler(payload: bytes) -> None:
+        if payload == b"wait":
+            asyncio.get_running_loop().stop()
+            await asyncio.Event().wait()
+        handled.append(payload)
+
+    async def first_loop() -> None:
+        harness = Harness()
+        harnesses.append(harness)
+        consumers.extend(harness.consumer(handler) for _ in range(3))
+        harness.submit(consumers[0], payload=b"wait")
+
+    async def second_loop() -> None:
+        (harness,) = harnesses
+        harness.dispatcher._bridge.bind(asyncio.get_running_loop())
+        harness.dispatcher.bound()
+        await asyncio.sleep(0)
+        await asyncio.to_thread(gc.collect)
+        harness.submit(*consumers, payload=b"later")
+        await until(lambda: len(handled) == 3)
+        await until(lambda: harness.dispatcher.pending == 0)
+        assert [consumer.tokens for consumer in consumers] == [0, 0, 0]
+        assert "handler_failures" not in harness.counters.totals()
+        await harness.stop()
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        task = loop.create_task(first_loop())
+        loop.run_forever()
+        assert task.done()
+    asyncio.run(second_loop())
+    assert handled == [b"later"] * 3
