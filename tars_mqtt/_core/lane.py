@@ -109,7 +109,7 @@ class Keyed:
     def __init__(self) -> None:
         self._lines: dict[Hashable, Fifo] = {}
         # Keys of which nothing is in work.
-        self._runnable: deque[Hashable] = deque()
+        self._runnable: OrderedDict[Hashable, None] = OrderedDict()
         # QoS 0 of all lines, the oldest first.
         self._lossy: OrderedDict[Delivery, None] = OrderedDict()
         self._size = 0
@@ -119,7 +119,7 @@ class Keyed:
             line = self._lines.get(delivery.key)
             if line is None:
                 line = self._lines[delivery.key] = Fifo()
-                self._runnable.append(delivery.key)
+                self._runnable[delivery.key] = None
             line.push((delivery,))
             if delivery.acknowledgement is None:
                 self._lossy[delivery] = None
@@ -127,7 +127,7 @@ class Keyed:
 
     def take(self, most: int) -> list[Delivery]:
         while self._runnable:
-            key = self._runnable.popleft()
+            key, _ = self._runnable.popitem(last=False)
             batch = self._lines[key].take(most)
             if batch:
                 for delivery in batch:
@@ -141,7 +141,7 @@ class Keyed:
         if batch:
             key = batch[0].key
             if len(self._lines[key]):
-                self._runnable.append(key)
+                self._runnable[key] = None
             else:
                 del self._lines[key]
         return len(self._runnable)
@@ -150,7 +150,10 @@ class Keyed:
         if not self._lossy:
             return None
         delivery, _ = self._lossy.popitem(last=False)
-        self._lines[delivery.key].drop_oldest()
+        line = self._lines[delivery.key]
+        line.drop_oldest()
+        if not len(line) and delivery.key in self._runnable:
+            del self._runnable[delivery.key], self._lines[delivery.key]
         self._size -= 1
         return delivery
 

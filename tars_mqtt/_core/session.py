@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -50,6 +51,10 @@ _MOST_UNSENT_PACKETS = 4 * _PACKET_IDS
 asks for more answers and reads none must not fill our memory."""
 _HOMELESS_TIME = 2.0
 """Seconds after the last subscribe that messages of an earlier process wait for one to take them."""
+_AGAIN = 0.05
+"""Seconds until a duty is looked at again that is due, and could not be done."""
+_PAUSED_LOOK = 1.0
+"""Seconds between two looks at a connection that is not read."""
 
 
 class Companion(Protocol):
@@ -402,10 +407,7 @@ class Session:
         liveness.note(now, self.transport.signs_of_life, self.transport.traffic[1])
         if self.transport.unsent_packets > _MOST_UNSENT_PACKETS:
             raise ConnectionLostError("the broker does not read the answers to what it sends")
-        congested = self._congested()
-        self.transport.pause(congested)
-        if congested:
-            liveness.excuse(now)
+        look_again = self._pause_if_congested(now)
         if liveness.ping_due(now) or (self._outbound.suspicion.wants_answer and liveness.asked is None):
             self.transport.write(wire.PINGREQ_PACKET)
             liveness.asked = now
@@ -422,21 +424,39 @@ class Session:
             self._homeless_until = float("inf")
             self.inbound.settle_homeless()
         suspicious = self._outbound.suspicion.look_again_at
-        due = min(liveness.deadline(), self._restore_by, self._homeless_until, suspicious)
+        if suspicious <= now:
+            suspicious = now + _AGAIN  # there is no room to go on with it
+        due = min(liveness.deadline(), self._restore_by, self._homeless_until, suspicious, look_again)
         if self._ready:
             due = min(due, self._companion.tick(now))
         return max(0.0, due - now)
+
+    def _pause_if_congested(self, now: float) -> float:
+        """Stop reading, or go on; returns when to look again at a connection that is not read."""
+        congested = self._congested()
+        self.transport.pause(congested)
+        if not congested:
+            return math.inf
+        self._liveness.excuse(now)
+        if self.transport.peer_closed:
+            raise HungUpError("the broker closed the connection")
+        return now + _PAUSED_LOOK
 
     def _congested(self) -> bool:
         """Whether handlers are so far behind that no more is read.
 
         A broker of MQTT 5 knows our Receive Maximum and stops before, so that the rest goes on; it is held
-        back only where it does not keep to it.
+        back only where it does not keep to it. While the broker owes answers, reading goes on: what would end the
+        congestion may be an acknowledgement that a handler, or a dead letter, waits for. Then the packet ids that
+        there are bound what is held.
         """
         unacknowledged = self.inbound.unacknowledged
+        most = self._config.max_pending
+        if self._outbound.inflight or self._subscriber.waits:
+            most = _PACKET_IDS
         if self._v5:
-            return unacknowledged > min(self._config.max_pending, _PACKET_IDS)
-        return unacknowledged >= self._config.max_pending
+            return unacknowledged > min(most, _PACKET_IDS)
+        return unacknowledged >= most
 
     # -- it ends ------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ _SMALL_BYTES = 1024
 _MOST_HEAD_BYTES = 2 + 65_535 + 2
 """Of a PUBLISH: the longest topic with its length, and a packet id."""
 
+_TCP_ESTABLISHED = 1
+
 _SEND_BYTES = 262_144
 """Packets are joined into one ``send`` up to about this size."""
 
@@ -183,6 +185,13 @@ class Stream:
         """Whether there is something to `receive` that no selector sees: here, or inside the TLS layer."""
         pending = getattr(self._socket, "pending", None)
         return self._unsplit or (pending is not None and pending() > 0)
+
+    @property
+    def peer_closed(self) -> bool:
+        """Whether the peer has closed, though what came before is not read. Known of TCP on Linux; else False."""
+        if not self._acknowledge_quickly or not hasattr(socket, "TCP_INFO"):
+            return False
+        return self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_ESTABLISHED
 
     # -- out ------------------------------------------------------------------------------
 

@@ -39,6 +39,11 @@ class Subscriber:
         """Whether the broker has answered for everything that was registered when the connection began."""
         return not self._restoring
 
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for the broker's answer."""
+        return bool(self._waiters or self._leaving)
+
     def take_refusals(self) -> SubscribeError | None:
         """What the broker refused on this connection before it was `restored`."""
         refused, self._refused = self._refused, []

@@ -252,6 +252,11 @@ class Transport:
         """Stop or resume reading: the peer's window fills and holds it back."""
         self._paused = paused
 
+    @property
+    def peer_closed(self) -> bool:
+        """Whether the peer has closed the connection, though what came before is not read."""
+        return self._stream is not None and self._stream.peer_closed
+
     def hand_to_paho(self, first: int, body: bytes) -> None:
         """Let paho deal with a message-flow packet that belongs to a direct use of its client."""
         self._events += self._control.read(first, body)
@@ -280,6 +285,7 @@ class Transport:
                 if remaining <= 0:
                     return False
                 self._watch(stream, selectors.EVENT_WRITE)
+                self.acknowledge_wake()  # or each look would be over at once
                 self._select(min(remaining, 0.1))
             return True
         return False

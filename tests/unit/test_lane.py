@@ -138,6 +138,21 @@ def test_keys_that_are_done_leave_nothing_behind() -> None:
     assert not lane._runnable
 
 
+def test_keys_of_which_everything_was_given_up_leave_nothing_behind() -> None:
+    """Topics may be ever new, and handlers blocked for long."""
+    lane = Keyed()
+    lane.push([delivery("kept", 1, "both"), delivery("lossy", 0, "both")])
+    for number in range(100):
+        lane.push([delivery("x", key=number)])
+    in_work = lane.take(1)
+    while lane.drop_oldest() is not None:
+        pass
+    assert set(lane._lines) == {"both"}
+    assert not lane._runnable
+    lane.finish(in_work)
+    assert not lane._lines
+
+
 @pytest.mark.parametrize("lane", [Fifo(), Keyed()], ids=["fifo", "keyed"])
 def test_a_lane_says_whether_there_is_something_to_take(lane: Lane) -> None:
     """Whoever would ask again and again for what is not there keeps a processor busy."""
