@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -30,7 +31,8 @@ class Watch:
     turn: Turn
     delivery: Delivery
     thread: threading.Thread
-    returned: bool = False
+    timeout: float
+    deadline: float
     expired: bool = False
 
 
@@ -62,6 +64,9 @@ class WorkerPool(Dispatcher):
         self._turns: deque[Turn] = deque()
         self._threads: set[threading.Thread] = set()
         self._stuck: set[threading.Thread] = set()
+        self._watches: dict[threading.Thread, Watch] = {}
+        self._look_at = math.inf
+        """When the timer looks at the watches."""
         self._idle: list[threading.Lock] = []
         """A bell of each thread that sleeps: a lock, released to wake it."""
         self._waking = False
@@ -188,31 +193,53 @@ class WorkerPool(Dispatcher):
     # -- handlers with a time limit -----------------------------------------------------------
 
     def _watch(self, turn: Turn, delivery: Delivery, timeout: float) -> Watch:
-        watch = Watch(turn, delivery, threading.current_thread())
+        thread = threading.current_thread()
+        watch = Watch(turn, delivery, thread, timeout, time.monotonic() + timeout)
         with self._lock:
             if turn.life == self._life:
-                self.timer.call_later(timeout, lambda: self._expire(watch, timeout))
+                self._watches[thread] = watch
+                self._look_by(watch.deadline)
         return watch
 
     def _expired(self, watch: Watch) -> bool:
+        """The call has returned; whether that was too late."""
         with self._lock:
-            watch.returned = True
+            if self._watches.get(watch.thread) is watch:
+                del self._watches[watch.thread]
             return watch.expired
 
-    def _expire(self, watch: Watch, timeout: float) -> None:
-        """The time is up: treat the message as failed, and go on without the thread. Timer thread."""
+    def _look_by(self, deadline: float) -> None:
+        """Have the timer look at the watches by then. One look for all: most calls are over before. Holds the lock."""
+        if deadline < self._look_at:
+            self._look_at = deadline
+            delay = max(0.0, deadline - time.monotonic())
+            self.timer.call_later(delay, lambda: self._look_at_watches(deadline))
+
+    def _look_at_watches(self, deadline: float) -> None:
+        """Treat messages whose time is up as failed, and go on without their threads. Timer thread."""
+        overdue: list[Watch] = []
         with self._lock:
-            if watch.returned or watch.turn.life != self._life:
-                return
-            if len(self._stuck) >= self._workers:
-                # No thread can take the place of this one: look again later.
-                self.timer.call_later(timeout, lambda: self._expire(watch, timeout))
-                return
-            watch.expired = True
-            self._threads.discard(watch.thread)
-            self._stuck.add(watch.thread)
-        self._wake()  # turns that were queued while all threads were taken wait for this one's successor
-        self._go_on_without(watch.turn, watch.delivery, timeout)
+            if deadline != self._look_at:
+                return  # an earlier look took its place
+            self._look_at = math.inf
+            now = time.monotonic()
+            for watch in tuple(self._watches.values()):
+                if watch.deadline > now:
+                    continue
+                if len(self._stuck) >= self._workers:
+                    # No thread can take the place of this one: look again later.
+                    watch.deadline = now + watch.timeout
+                    continue
+                watch.expired = True
+                del self._watches[watch.thread]
+                self._threads.discard(watch.thread)
+                self._stuck.add(watch.thread)
+                overdue.append(watch)
+            if self._watches:
+                self._look_by(min(watch.deadline for watch in self._watches.values()))
+        self._wake()  # turns that were queued while all threads were taken wait for a successor
+        for watch in overdue:
+            self._go_on_without(watch.turn, watch.delivery, watch.timeout)
 
     def _go_on_without(self, turn: Turn, delivery: Delivery, timeout: float) -> None:
         """Treat *delivery* as failed, and have the rest of its lane handled, though its handler goes on."""
@@ -232,6 +259,8 @@ class WorkerPool(Dispatcher):
     def _end_life(self) -> None:
         super()._end_life()
         self._turns.clear()
+        self._watches.clear()
+        self._look_at = math.inf
         while self._idle:
             self._idle.pop().release()
 

@@ -120,7 +120,7 @@ class CoroutineCall(HandlerCall):
                 async with limit:
                     await self.handler(argument)
         except GeneratorExit:
-            raise  # the loop was closed, and the collector is here, on any thread, which may hold any lock
+            raise  # whoever awaits knows whether the handler raised it
         except BaseException as error:
             if timeout is not None and limit is not None and limit.expired():
                 return self.timed_out(delivery, timeout)
@@ -132,6 +132,13 @@ class CoroutineCall(HandlerCall):
             with contextlib.suppress(ValueError):  # the collector has another context
                 current_message.reset(token)
         return self.succeeded(delivery)
+
+
+def _is_current(task: asyncio.Task[None]) -> bool:
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:  # there is no loop here
+        return False
 
 
 class LoopDispatcher(WorkerPool):
@@ -241,7 +248,7 @@ class LoopDispatcher(WorkerPool):
                 self._looking = True
                 loop.call_soon(self._look)
             before = contextvars.copy_context()
-            await self._handle_burst(burst)
+            await self._handle_burst(burst, task)
             if task.cancelling() or (self._loop_turns and contextvars.copy_context() != before):
                 self._leave_to_another(burst)
                 return
@@ -269,7 +276,7 @@ class LoopDispatcher(WorkerPool):
             burst.begin(self._loop_turns.popleft())
             return True
 
-    async def _handle_burst(self, burst: Burst) -> None:
+    async def _handle_burst(self, burst: Burst, task: asyncio.Task[None]) -> None:
         turn = burst.turn
         assert turn is not None
         call, timeout = turn.consumer.handle, turn.consumer.recovery.timeout
@@ -279,13 +286,18 @@ class LoopDispatcher(WorkerPool):
             for delivery in burst:
                 if timeout is not None:
                     watch = self._watch_task(turn, delivery, timeout)
-                outcome = await call.run(delivery, timeout)
+                try:
+                    outcome = await call.run(delivery, timeout)
+                except GeneratorExit as error:
+                    if not _is_current(task):
+                        raise
+                    outcome = call.failed(delivery, error)
                 if self._given_up(watch):
                     burst.forget()
                     return
                 burst.came_out(delivery, outcome)
         except GeneratorExit:
-            raise  # see above
+            raise  # the loop is closed, and this the collector, on any thread, which may hold any lock
         except BaseException as error:
             if self._given_up(watch):
                 burst.forget()

@@ -12,7 +12,7 @@ import pytest
 
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.lane import Delivery, Fifo, Keyed
-from tars_mqtt._core.recovery import Outcome
+from tars_mqtt._core.recovery import Outcome, Recovery
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.message import Message
@@ -163,6 +163,47 @@ class _Payload(bytes):
 
     def __del__(self) -> None:
         self.ended.set()
+
+
+def test_a_call_that_is_over_is_not_kept_until_its_time_would_have_been_up() -> None:
+    """With a long limit, and much traffic, that would be all messages of that time."""
+    handling = Handling()
+    with a_pool(workers=2) as pool:
+        limited = consumer(pool, handling)
+        limited.recovery = Recovery(timeout=600.0)
+        for number in range(100):
+            ended = threading.Event()
+            batch = deliveries(str(number))
+            batch[0].message.payload = _Payload(ended)
+            pool.submit({limited: batch})
+            del batch
+            assert ended.wait(30)
+        assert len(pool.timer._due) == 1
+        assert not pool._watches
+
+
+def test_each_time_limit_is_kept_whichever_is_due_first() -> None:
+    """One look at the watches serves all: it comes in time for the shortest, and again for the next."""
+    timed_out: list[tuple[str, float]] = []
+
+    class Limited(Handling):
+        def timed_out(self, delivery: Delivery, timeout: float) -> Outcome:
+            timed_out.append((delivery.message.payload.decode(), timeout))
+            return Outcome.FAILED
+
+    handling = Limited()
+    handling.hold("slow", "slower", "forever")
+    with a_pool(workers=4) as pool:
+        for name, limit in (("forever", 600.0), ("slower", 0.15), ("slow", 0.05), ("quick", 0.1)):
+            limited = consumer(pool, handling)
+            limited.recovery = Recovery(timeout=limit)
+            pool.submit({limited: deliveries(name)})
+        eventually(lambda: len(timed_out) == 2)
+        assert timed_out == [("slow", 0.05), ("slower", 0.15)]
+        eventually(lambda: pool.pending == 1)
+        handling.release()
+        eventually(lambda: pool.pending == 0)
+        assert len(timed_out) == 2
 
 
 def test_a_thread_that_cannot_be_started_costs_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
