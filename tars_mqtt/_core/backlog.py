@@ -59,7 +59,9 @@ class Backlog:
         # Guarded by _lock; `firm` is also taken from, at its left end, by the network thread:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._waiting = 0
+        self._waiting = 0  # for room
+        self._left = threading.Condition(self._lock)
+        self._watching = 0  # for what is held to leave
         self._callbacks: deque[Callable[[], None]] = deque()
         self.firm: deque[Outgoing] = deque()
         """QoS 1 and 2."""
@@ -205,11 +207,11 @@ class Backlog:
     def _pace(self) -> None:
         """Let the network thread catch up, but not for long."""
         with self._lock:
-            self._waiting += 1
+            self._watching += 1
             try:
-                self._room.wait_for(lambda: not self.crowded, PACE_TIME)
+                self._left.wait_for(lambda: not self.crowded, PACE_TIME)
             finally:
-                self._waiting -= 1
+                self._watching -= 1
 
     def _stored(self, message: Outgoing) -> None:
         """A message is on disk: queue it, unless others that are only there come first."""
@@ -302,11 +304,11 @@ class Backlog:
     def wait_flushed(self, timeout: float) -> bool:
         """Wait until the broker has every message of QoS 1 and 2, and the network every other."""
         with self._room:
-            self._waiting += 1
+            self._watching += 1
             try:
-                return self._room.wait_for(lambda: not self.held, timeout)
+                return self._left.wait_for(lambda: not self.held, timeout)
             finally:
-                self._waiting -= 1
+                self._watching -= 1
 
     # -- network thread ---------------------------------------------------------------------
 
@@ -339,6 +341,7 @@ class Backlog:
             self.crowded = False
             self.lossy.clear()
             self._room.notify_all()
+            self._left.notify_all()
         self._call_back(len(self._callbacks))
         return lost
 
@@ -387,10 +390,14 @@ class Backlog:
 
     def _free(self, count: int, size: int) -> None:
         with self._lock:
+            full = self.held >= (self._max_queued if self._spool is None else self._spool_most)
             self.held -= count
             self.held_bytes -= size
             if self._waiting:
-                self._room.notify_all()
+                # Each place for one. Where bytes were short, who fits is for all of them to see.
+                self._room.notify(count if full else self._waiting)
+            if self._watching and not (self.held and self.crowded):
+                self._left.notify_all()
         if self._callbacks:
             self._call_back(count)
 
@@ -410,6 +417,7 @@ class Backlog:
             self.held = self.held_bytes = self._lossy_bytes = 0
             self.crowded = False
             self._room.notify_all()
+            self._left.notify_all()
         if spool is not None:
             spool.close()
             for message in lost:

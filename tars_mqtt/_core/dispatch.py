@@ -38,7 +38,7 @@ class Handling(Protocol):
 
 @attrs.define(eq=False)
 class Consumer:
-    """One subscription as its dispatcher sees it. The last seven: guarded by its lock."""
+    """One subscription as its dispatcher sees it. The last eight: guarded by its lock."""
 
     lane: Lane
     limit: int
@@ -57,6 +57,8 @@ class Consumer:
     closed: bool = False
     reader: object = None
     """The thread or task that reads an iterator."""
+    came: threading.Condition | None = None
+    """Where a thread waits for an iterator's next delivery: each for its own, so none is woken for another's."""
     turn: Turn | None = None
     """The last one that it was given; they are all alike."""
 
@@ -97,7 +99,7 @@ class Dispatcher:
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._watchers = 0  # who waits for a change
+        self._watchers = 0  # who waits for less to be pending
         self._pending = 0
         self._postponed = 0
         self._consumers: set[Consumer] = set()
@@ -121,17 +123,20 @@ class Dispatcher:
         with self._lock:
             self._consumers.add(consumer)
             if not consumer.limit:
+                consumer.came = threading.Condition(self._lock)
                 self._iterators.add(consumer)
 
     def remove(self, consumer: Consumer) -> None:
         """Forget a consumer; what waits for it is over without being handled. Any thread."""
-        with self._changed:
+        with self._lock:
             self._consumers.discard(consumer)
             self._iterators.discard(consumer)
             consumer.closed = True
             removed = consumer.lane.clear()
             self._pending -= len(removed)
             self._tell()
+            if consumer.came is not None:
+                consumer.came.notify_all()
         if consumer.arrived is not None:
             consumer.arrived()
         if removed:
@@ -162,8 +167,8 @@ class Dispatcher:
 
     def _offer(self, consumer: Consumer) -> None:
         """Start each burst that may begin. Holds the lock."""
-        if not consumer.limit:
-            self._tell()
+        if consumer.came is not None:
+            consumer.came.notify()
         elif not self.stopping:
             takes = consumer.lane.takes()
             while consumer.tokens < consumer.limit and consumer.offered < takes:
@@ -231,16 +236,12 @@ class Dispatcher:
                 if consumer.reader is reader or _has_left(consumer.reader)
             )
 
-        with self._changed:
-            return self._wait_for(lambda: self._pending <= own + unread(), timeout)
-
-    def _wait_for(self, predicate: Callable[[], Any], timeout: float | None) -> bool:
-        """Wait for a change after which *predicate* holds. Holds the lock, but not while it waits."""
-        self._watchers += 1
-        try:
-            return bool(self._changed.wait_for(predicate, timeout))
-        finally:
-            self._watchers -= 1
+        with self._lock:
+            self._watchers += 1
+            try:
+                return self._changed.wait_for(lambda: self._pending <= own + unread(), timeout)
+            finally:
+                self._watchers -= 1
 
     def _tell(self) -> None:
         """Something changed that others may wait for. Holds the lock."""
@@ -261,6 +262,8 @@ class Dispatcher:
             consumer.lane = type(consumer.lane)()
             consumer.tokens = consumer.offered = 0
             consumer.reader = None
+            if consumer.came is not None:
+                consumer.came.notify_all()
         self._pending = 0
         if given_up:
             self._counters.drop("shutdown", given_up)
@@ -359,10 +362,13 @@ class Dispatcher:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            with self._changed:
+            with self._lock:
+                assert consumer.came is not None
                 consumer.reader = threading.current_thread()
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not self._wait_for(lambda: len(consumer.lane) or consumer.closed or self.stopping, left):
+                if not consumer.came.wait_for(
+                    lambda: len(consumer.lane) or consumer.closed or self.stopping, left
+                ):
                     consumer.reader = None
                     raise TimeoutError("no message came in time")
                 taken = self._next(consumer)

@@ -266,7 +266,7 @@ class WorkerPool(Dispatcher):
 
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
-        with self._changed:
+        with self._lock:
             self._end_life()
             threads = (self._threads | self._stuck) - {threading.current_thread()}
             iterators = [consumer.arrived for consumer in self._iterators if consumer.arrived is not None]

@@ -333,7 +333,7 @@ def test_who_makes_large_messages_faster_than_they_leave_waits_a_moment(patient:
     patient.submit(LARGE, 0, None)
     assert not patient.backlog.crowded
     thread = submit_large_in_thread(patient)
-    eventually(lambda: patient.backlog._waiting == 1)
+    eventually(lambda: patient.backlog._watching == 1)
     assert len(patient.backlog.lossy) == 2, "it is taken already"
     end(patient)
     if patient.backlog.lossy:
@@ -467,7 +467,7 @@ def test_flushed_means_that_the_broker_has_everything(harness: Harness) -> None:
     outcomes: list[bool] = []
     waiter = threading.Thread(target=lambda: outcomes.append(harness.backlog.wait_flushed(10)), daemon=True)
     waiter.start()
-    eventually(lambda: harness.backlog._waiting)
+    eventually(lambda: harness.backlog._watching)
     harness.acknowledge(message)
     waiter.join(10)
     assert outcomes == [True]

@@ -275,3 +275,32 @@ def test_order_holds_within_a_consumer_whoever_does_the_work(workers: int) -> No
         eventually(lambda: [handling.seen for handling in handlings] == expected)
         assert pool.handled == sum(map(len, expected))
         eventually(lambda: pool.pending == 0)
+
+
+def test_an_iterator_is_woken_for_its_own_deliveries_alone() -> None:
+    """There may be many, each with its thread, and much else that is handled."""
+    handling = Handling()
+    with a_pool(workers=1) as pool:
+        quiet = consumer(pool, handling, limit=0)
+        busy = consumer(pool, handling)
+        looks, taken = 0, []
+        lane_length = Fifo.__len__
+
+        class Counted(Fifo):
+            def __len__(self) -> int:
+                nonlocal looks
+                looks += 1
+                return lane_length(self)
+
+        quiet.lane = Counted()
+        reading = threading.Thread(target=lambda: taken.append(pool.next(quiet, 30)), daemon=True)
+        reading.start()
+        eventually(lambda: quiet.reader is reading)
+        for number in range(100):
+            pool.submit({busy: deliveries(str(number))})
+            eventually(lambda number=number: len(handling.seen) == number + 1)
+        assert looks <= 2
+        pool.submit({quiet: deliveries("mine")})
+        reading.join(30)
+        assert taken[0].delivery.message.payload == b"mine"
+        pool.finished(taken[0])
