@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,7 +27,11 @@ logger = logging.getLogger("tars_mqtt.dispatch")
 DEAD_LETTER_TYPE = "dead_letter"
 
 _AGAIN = 1.0
-"""Seconds until the next try when the outgoing queue or the disk of the outbox is full."""
+"""Seconds until the next try when the disk of the outbox is full."""
+
+_MOST_LOSSY = 1_000
+"""Dead letters of messages of QoS 0 that wait for room, of one subscription; those of QoS 1 and 2 are bounded by what
+the broker leaves unacknowledged."""
 
 
 class Outlet(Protocol):
@@ -43,6 +49,10 @@ class Outlet(Protocol):
     ) -> PublishReceipt: ...
 
     def call_later(self, delay: float, call: Callable[[], None]) -> None: ...
+
+    def when_room(self, callback: Callable[[], None]) -> None: ...
+
+    def never_mind(self, callback: Callable[[], None]) -> None: ...
 
     def count_dead_letter(self, dropped: bool) -> None: ...
 
@@ -68,32 +78,87 @@ class DeadLetters:
         self._outlet = outlet
         # Nobody else may hold them, and they must live to be told.
         self._under_way: set[PublishReceipt] = set()
+        # Guarded by _lock:
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Delivery, Callable[[], None]]] = deque()
+        self._burying = False
+        self._called = False
 
     def bury(self, delivery: Delivery, over: Callable[[], None]) -> None:
         """Publish the dead letter with QoS 1; *over* is called when the broker has it.
 
-        When the broker refuses it, the message is given up, counted and logged: no later attempt
-        would come out differently.
+        Where there is no room for it, it waits, in order. When the broker refuses it, the message is given up,
+        counted and logged: no later attempt would come out differently.
         """
+        with self._lock:
+            before = len(self._waiting)
+            too_many = not delivery.message.qos and before >= _MOST_LOSSY
+            if not too_many:
+                self._waiting.append((delivery, over))
+        if too_many:
+            self._give_up(delivery.message, QueueFullError("too many wait for room"), over)
+        elif not before:  # otherwise somebody is at it, or they wait for room
+            self._bury_waiting()
+
+    def _bury_waiting(self) -> None:
+        """Publish what waits until there is no room. Called again when there is."""
+        with self._lock:
+            self._called = True
+            if self._burying:
+                return
+            self._burying = True
+        while True:
+            with self._lock:
+                if not self._called:
+                    self._burying = False
+                    return
+                self._called = False
+            self._bury_all()
+
+    def _bury_all(self) -> None:
+        asked = False
+        while self._waiting:
+            delivery, over = self._waiting[0]
+            try:
+                self._publish(delivery, over)
+            except (QueueFullError, OutboxError) as error:
+                if not getattr(error, "retriable", True):
+                    self._give_up(delivery.message, error, over)
+                elif asked:
+                    return
+                else:
+                    asked = True  # and try once more: room may have come free in between
+                    self._outlet.when_room(self._bury_waiting)
+                    if isinstance(error, OutboxError):
+                        self._outlet.call_later(_AGAIN, self._bury_waiting)
+                    continue
+            except (ClosedError, NotConnectedError):
+                self._leave_unburied()
+                return
+            except TopicError as error:
+                self._give_up(delivery.message, error, over)
+            self._waiting.popleft()
+            if asked:
+                asked = False
+                self._outlet.never_mind(self._bury_waiting)
+
+    def _publish(self, delivery: Delivery, over: Callable[[], None]) -> None:
         message = delivery.message
-        try:
-            topic = dead_letter_topic(self._template, message.topic)
-            receipt = self._outlet.submit_event(
-                topic, DEAD_LETTER_TYPE, self._data(delivery), _correlation_id(message), 1, False, 0.0
-            )
-        except (QueueFullError, OutboxError) as error:
-            if getattr(error, "retriable", True):
-                self._outlet.call_later(_AGAIN, lambda: self.bury(delivery, over))
-            else:
-                self._give_up(message, error, over)
-        except (ClosedError, NotConnectedError):
-            # Unacknowledged: the broker delivers the message again to the next session.
-            return
-        except TopicError as error:
-            self._give_up(message, error, over)
-        else:
-            self._under_way.add(receipt)
-            receipt._add_done_callback(lambda receipt: self._settled(receipt, message, over))
+        topic = dead_letter_topic(self._template, message.topic)
+        receipt = self._outlet.submit_event(
+            topic, DEAD_LETTER_TYPE, self._data(delivery), _correlation_id(message), 1, False, 0.0
+        )
+        self._under_way.add(receipt)
+        receipt._add_done_callback(lambda receipt: self._settled(receipt, message, over))
+
+    def _leave_unburied(self) -> None:
+        """The client leaves. Unacknowledged: the broker delivers the messages again, but for those of QoS 0."""
+        with self._lock:
+            waiting = tuple(self._waiting)
+            self._waiting.clear()
+        for delivery, _ in waiting:
+            if not delivery.message.qos:
+                self._outlet.count_dead_letter(dropped=True)
 
     def _settled(self, receipt: PublishReceipt, message: Message, over: Callable[[], None]) -> None:
         self._under_way.discard(receipt)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tars_mqtt import Message, OutboxError, QueueFullError
+from tars_mqtt import ClosedError, Message, NotConnectedError, OutboxError, QueueFullError
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt.dead_letter import DeadLetters
 from tars_mqtt.message import PublishReceipt
@@ -21,10 +22,13 @@ class FakeOutlet:
     def __init__(self, *refusals: Exception) -> None:
         self._refusals = list(refusals)
         self.later: list[Callable[[], None]] = []
+        self.on_room: list[Callable[[], None]] = []
+        self.tries = 0
         self.sent: list[PublishReceipt] = []
         self.dropped: list[bool] = []
 
     def submit_event(self, topic: str, *_: Any) -> PublishReceipt:
+        self.tries += 1
         if self._refusals:
             raise self._refusals.pop()
         self.sent.append(PublishReceipt("id", topic, 1))
@@ -33,21 +37,79 @@ class FakeOutlet:
     def call_later(self, _: float, call: Callable[[], None]) -> None:
         self.later.append(call)
 
+    def when_room(self, callback: Callable[[], None]) -> None:
+        self.on_room.append(callback)
+
+    def never_mind(self, callback: Callable[[], None]) -> None:
+        self.on_room.remove(callback)
+
     def count_dead_letter(self, dropped: bool) -> None:
         self.dropped.append(dropped)
 
 
+def bury(letters: DeadLetters, over: list[int], number: int = 1, qos: int = 0) -> None:
+    letters.bury(Delivery(Message("a", b"%d" % number, qos), None), lambda: over.append(number))
+
+
 @pytest.mark.parametrize("refusal", [QueueFullError("full"), OutboxError("the disk is full")])
 def test_it_waits_for_room_and_the_message_with_it(refusal: Exception) -> None:
-    outlet, over = FakeOutlet(refusal), []
-    DeadLetters("dead/{topic}", "a", outlet, "me").bury(
-        Delivery(Message("a", b""), None), lambda: over.append(1)
-    )
+    outlet, over = FakeOutlet(refusal, refusal), []
+    bury(DeadLetters("dead/{topic}", "a", outlet, "me"), over)
     assert (outlet.sent, over) == ([], [])
-    outlet.later.pop()()
+    (outlet.later or outlet.on_room).pop()()
     outlet.sent[0]._settle()
     assert over == [1]
     assert outlet.dropped == [False]
+
+
+def test_room_that_comes_free_before_it_is_asked_for_is_not_missed() -> None:
+    outlet, over = FakeOutlet(QueueFullError("full")), []
+    bury(DeadLetters("dead", "a", outlet, "me"), over)
+    assert len(outlet.sent) == 1
+    assert outlet.on_room == []
+
+
+def test_those_behind_one_that_waits_are_not_tried_and_keep_their_order() -> None:
+    """However many they are, and however long it takes."""
+    outlet, over = FakeOutlet(*[QueueFullError("full")] * 4), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+    for number in range(100):
+        bury(letters, over, number)
+    assert outlet.tries == 2
+    assert len(outlet.on_room) == 1
+    outlet.on_room.pop()()
+    assert outlet.tries == 4
+    outlet.on_room.pop()()
+    assert len(outlet.sent) == 100
+    for receipt in outlet.sent:
+        receipt._settle()
+    assert over == list(range(100))
+
+
+@pytest.mark.parametrize("error", [ClosedError("closed"), NotConnectedError("offline")])
+def test_when_the_client_leaves_those_that_wait_are_over_and_the_next_begin_anew(error: Exception) -> None:
+    outlet, over = FakeOutlet(error, QueueFullError("full"), QueueFullError("full")), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+    for number in range(10):
+        bury(letters, over, number, qos=number % 2)
+    outlet.on_room.pop()()
+    assert outlet.sent == []
+    assert over == [], "unacknowledged: the broker has them still"
+    assert outlet.dropped == [True] * 5, "but for those of QoS 0"
+    bury(letters, over, 11)
+    assert len(outlet.sent) == 1
+
+
+def test_dead_letters_of_qos_0_do_not_fill_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+    outlet, over = FakeOutlet(QueueFullError("full"), QueueFullError("full")), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+    for number in range(1_005):
+        bury(letters, over, number)
+    assert over == list(range(1_000, 1_005))
+    assert outlet.dropped == [True] * 5
+    bury(letters, over, 2_000, qos=1)
+    outlet.on_room.pop()()
+    assert len(outlet.sent) == 1_001
 
 
 def test_one_that_no_room_is_large_enough_for_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -60,3 +122,20 @@ def test_one_that_no_room_is_large_enough_for_is_given_up(caplog: pytest.LogCapt
     assert outlet.dropped == [True]
     assert outlet.later == []
     assert [record.client_id for record in caplog.records] == ["me"]  # type: ignore[attr-defined]
+
+
+def test_many_threads_bury_at_once_and_nothing_is_left_lying() -> None:
+    outlet, over = FakeOutlet(), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+
+    def bury_many(first: int) -> None:
+        for number in range(first, first + 200):
+            bury(letters, over, number, qos=1)
+
+    threads = [threading.Thread(target=bury_many, args=(index * 200,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outlet.sent) == 1_600
+    assert not letters._waiting
