@@ -116,6 +116,7 @@ def besiege(
     finishes: bool = True,
     max_pending: int = 1000,
     max_payload_bytes: int = 1 << 20,
+    publishes: bool = True,
 ) -> Aftermath:
     """Have a client connect, and be sent *slices* in place of what a broker says.
 
@@ -124,6 +125,7 @@ def besiege(
         framed: Whether the client expects the frames of a websocket.
         reads: Whether the broker reads what the client sends.
         finishes: Whether the client's handlers return.
+        publishes: Whether the client has published, and waits for acknowledgements.
 
     Raises:
         Exception: Whatever the network thread was not prepared for: the finding.
@@ -146,7 +148,7 @@ def besiege(
     for topic in FILTERS:
         engine.register(topic, 1, None, None, {})
     engine._backlog.open()
-    for qos in (1, 2):
+    for qos in (1, 2) if publishes else ():
         engine.submit("mine", b"x", qos, False, 0)
     wire = Wire(slices, reads)
     way_in = Websocket(wire) if framed else wire  # type: ignore[arg-type]
