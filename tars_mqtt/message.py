@@ -172,8 +172,15 @@ class PublishReceipt:
             return False
         told = threading.Lock()
         told.acquire()
-        self._add_done_callback(lambda _: told.release())
-        told.acquire(timeout=-1 if limit is None else limit)
+
+        def tell(_: PublishReceipt) -> None:
+            told.release()
+
+        self._add_done_callback(tell)
+        try:
+            told.acquire(timeout=-1 if limit is None else limit)
+        finally:
+            self._remove_done_callback(tell)
         return self.done()
 
     def __repr__(self) -> str:
@@ -191,6 +198,12 @@ class PublishReceipt:
                 self._then.append(callback)
                 return
         callback(self)
+
+    def _remove_done_callback(self, callback: Callable[[PublishReceipt], None]) -> None:
+        """Undo `_add_done_callback`, unless it has been called: who asks again and again shall leave nothing."""
+        with self._lock:
+            if isinstance(self._then, list) and callback in self._then:
+                self._then.remove(callback)
 
     def _mark_sent(self) -> bool:
         """The message is about to be sent, once more perhaps; False when it was taken back before."""

@@ -62,6 +62,7 @@ class Backlog:
         self._waiting = 0  # for room
         self._left = threading.Condition(self._lock)
         self._watching = 0  # for what is held to leave
+        self._on_uncrowded: list[Callable[[], None]] = []
         self._callbacks: deque[Callable[[], None]] = deque()
         self.firm: deque[Outgoing] = deque()
         """QoS 1 and 2."""
@@ -137,11 +138,13 @@ class Backlog:
                 raise
         self._wake()
 
-    def admit_lossy(self, topic: bytes, payload: bytes, retain: bool, timeout: float | None) -> None:
+    def admit_lossy(  # noqa: C901 - in one piece, because calls are what costs
+        self, topic: bytes, payload: bytes, retain: bool, timeout: float | None, at_once: bool = True
+    ) -> None:
         """Take a message of QoS 0, or refuse it; see `admit`.
 
         Its packet is made here: it can leave on the connection of now alone, and the network thread, which
-        serves all publishing threads, has less to do.
+        serves all publishing threads, has less to do. Where that sleeps, and nothing is queued, it is sent here.
 
         Raises:
             NotConnectedError: There is no connection.
@@ -149,32 +152,7 @@ class Backlog:
             PublishRejectedError: No packet can carry it, or the broker would not take it.
         """
         _check_size(len(topic) + len(payload))
-        stream, packet = self._admit_lossy(
-            topic, payload, retain, timeout, at_once=len(payload) <= _LARGE_BYTES
-        )
-        if stream is not None:
-            if stream.send_now(packet):
-                if stream.outgoing_bytes:
-                    self._wake()
-                with self._lock:
-                    self.sent_at_once += 1
-                return
-            self._admit_lossy(topic, payload, retain, timeout, at_once=False)
-        self._wake()
-        if timeout != 0 and self.joins_a_crowd():
-            self._pace()
-
-    def joins_a_crowd(self) -> bool:
-        """Whether the message that was just queued is a large one among many: worth a short wait."""
-        if not self.crowded:
-            return False
-        with self._lock:
-            return bool(self.lossy) and len(self.lossy[-1]) > _LARGE_BYTES
-
-    def _admit_lossy(
-        self, topic: bytes, payload: bytes, retain: bool, timeout: float | None, at_once: bool
-    ) -> tuple[Stream | None, bytes]:
-        """Make the packet, and queue it; or, if it may go *at once*, return what to send it on."""
+        stream = None
         with self._lock:
             while True:
                 if self._refusal is not None:
@@ -190,8 +168,9 @@ class Backlog:
                     break
                 self._await_room(0, size, timeout)  # and look again: the connection may be another one
             if objection is None:
-                # Behind what is queued it would overtake. And under the lock it is the connection of these limits.
-                stream = self._idle_stream() if at_once and not self.lossy else None
+                if not self.lossy and at_once and size <= _LARGE_BYTES:
+                    # Under the lock it is the connection of these limits.
+                    stream = self._idle_stream()
                 if stream is None:
                     self.lossy.append(packet)
                     self._lossy_bytes += size
@@ -199,10 +178,39 @@ class Backlog:
                     self.held_bytes += size
                     if size > _LARGE_BYTES and self._lossy_bytes > _CROWD_BYTES:
                         self.crowded = True
-                return stream, packet
-        raise PublishRejectedError(
-            f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
-        )
+        if objection is not None:
+            raise PublishRejectedError(
+                f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
+            )
+        if stream is None:
+            self._wake()
+            if self.crowded and timeout != 0 and self.joins_a_crowd():
+                self._pace()
+        elif stream.send_now(packet):
+            if stream.outgoing_bytes:
+                self._wake()
+            with self._lock:
+                self.sent_at_once += 1
+        else:
+            self.admit_lossy(topic, payload, retain, timeout, at_once=False)
+
+    def joins_a_crowd(self) -> bool:
+        """Whether the message that was just queued is a large one among many: worth a short wait."""
+        with self._lock:
+            return self.crowded and bool(self.lossy) and len(self.lossy[-1]) > _LARGE_BYTES
+
+    def when_uncrowded(self, callback: Callable[[], None]) -> None:
+        """Have *callback* called once, when there is no crowd any more; for whoever may not block."""
+        with self._lock:
+            self._on_uncrowded.append(callback)
+        self._tell_uncrowded()  # it may have gone in between
+
+    def _tell_uncrowded(self) -> None:
+        if not self.crowded and self._on_uncrowded:
+            with self._lock:
+                callbacks, self._on_uncrowded = self._on_uncrowded, []
+            for callback in callbacks:
+                callback()
 
     def _pace(self) -> None:
         """Let the network thread catch up, but not for long."""
@@ -343,6 +351,7 @@ class Backlog:
             self._room.notify_all()
             self._left.notify_all()
         self._call_back(len(self._callbacks))
+        self._tell_uncrowded()
         return lost
 
     def too_old(self, message: Outgoing) -> bool:
@@ -386,6 +395,8 @@ class Backlog:
             if self._lossy_bytes <= _CROWD_BYTES // 2:
                 self.crowded = False
         self._free(len(packets), size)
+        if self._on_uncrowded:
+            self._tell_uncrowded()
         return packets, size
 
     def _free(self, count: int, size: int) -> None:

@@ -83,12 +83,12 @@ class Engine:
             clean=config.session_expiry == 0,
         )
         self.dispatcher = make_dispatcher(config, self.counters, transport.wake, self._on_stuck_handler)
-        self._backlog = Backlog(
+        self.backlog = Backlog(
             config.max_queued, config.max_queued_bytes, transport.wake, transport.idle_stream
         )
-        self._outbound = Outbound(self._backlog, config.max_inflight, self.counters, config.client_id)
-        self._backlog.refuse(_not_started())
-        self.health = Health(config, self._backlog)
+        self._outbound = Outbound(self.backlog, config.max_inflight, self.counters, config.client_id)
+        self.backlog.refuse(_not_started())
+        self.health = Health(config, self.backlog)
         self._session = Session(
             config, transport, self.state, self._registry, self._outbound, self.health, start_call
         )
@@ -140,7 +140,7 @@ class Engine:
                 self._open_outbox()
                 self.state.set(ConnectionState.CONNECTING)
                 self.dispatcher.start()
-                self._backlog.open()
+                self.backlog.open()
                 self._session.inbound.open()
                 self._first = self._session.start()
             first = self._first
@@ -180,13 +180,13 @@ class Engine:
 
     def _open_outbox(self) -> None:
         config = self.config
-        if config.outbox is None or self._backlog.durable:
+        if config.outbox is None or self.backlog.durable:
             return
         from tars_mqtt.outbox import Outbox  # late: most services need no SQLite
 
         outbox = Outbox(config.outbox)
         spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age, config.client_id)
-        self._backlog.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
+        self.backlog.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
         if isinstance(self.deduplicator, DurableDeduplicator):
             self.deduplicator.attach(outbox, config.client_id)
 
@@ -206,7 +206,7 @@ class Engine:
             if first is not None and first is not self._first:
                 return True
             if not self._closing:
-                self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
+                self.backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
             ended = self._session.leave(timeout)
             if not self._closing:
                 self.state.set(ConnectionState.DISCONNECTED)
@@ -226,7 +226,7 @@ class Engine:
         self.stop_network(max(0.0, deadline - time.monotonic()))
 
     def _say_goodbye(self, event: str, deadline: float) -> None:
-        if self.state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._backlog.online:
+        if self.state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self.backlog.online:
             receipt = self.health.goodbye(event)
             if receipt is not None:
                 with contextlib.suppress(TarsMQTTError):
@@ -266,9 +266,9 @@ class Engine:
         self._session.inbound.close()
         if not self.dispatcher.wait_idle(left(2 * reserve), own, reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
-        self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
+        self.backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.running:
-            self._backlog.wait_flushed(left(2 * reserve))
+            self.backlog.wait_flushed(left(2 * reserve))
             self._say_goodbye("shutdown", deadline - reserve)
             if not self._session.leave(left()):
                 logger.warning("shutdown: the network thread is stuck in the operating system", extra=extra)
@@ -296,18 +296,13 @@ class Engine:
         else:
             self.counters.add("dead_letters")
 
-    @property
-    def crowded(self) -> bool:
-        """See `Backlog.joins_a_crowd`."""
-        return self._backlog.crowded and self._backlog.joins_a_crowd()
-
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when a refused message is worth another try."""
-        self._backlog.when_room(callback)
+        self.backlog.when_room(callback)
 
     def never_mind(self, callback: Callable[[], None]) -> None:
         """Undo `when_room`."""
-        self._backlog.never_mind(callback)
+        self.backlog.never_mind(callback)
 
     def submit_event(
         self,
@@ -377,13 +372,13 @@ class Engine:
         if retain not in (True, False):  # the text "false" would count as true
             raise ValueError(f"retain must be True or False, not {retain!r}")
         if qos == 0:
-            self._backlog.admit_lossy(raw_topic, payload, bool(retain), timeout)
+            self.backlog.admit_lossy(raw_topic, payload, bool(retain), timeout)
             return PublishReceipt(envelope_id, topic, 0)
         if qos not in (1, 2):
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
         qos = int(qos)  # 1.0 from somebody's YAML
         receipt = PublishReceipt(envelope_id, topic, qos)
-        self._backlog.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
+        self.backlog.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
         return receipt
 
     # -- subscribing ------------------------------------------------------------------------
@@ -480,7 +475,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot of the counters."""
-        session, outbound, backlog = self._session, self._outbound, self._backlog
+        session, outbound, backlog = self._session, self._outbound, self.backlog
         bytes_in, bytes_out = session.traffic
         return Stats(
             **self.counters.totals(),

@@ -67,6 +67,7 @@ class MQTTClient:
     def _start_up(self, config: MQTTClientConfig) -> None:
         self._bridge = Bridge()
         self._engine = Engine(config, self._make_dispatcher, self._bridge.start_call)
+        self._backlog = self._engine.backlog
         self._publish_timeout = config.publish_timeout
         self._executor: ThreadPoolExecutor | None = None
         self._stop: asyncio.Event | None = None
@@ -272,7 +273,7 @@ class MQTTClient:
             receipt = await self._when_room(partial(self._engine.submit_event, *event), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
-        elif self._engine.crowded:
+        elif self._backlog.crowded:
             await self._pace()
         return receipt.envelope_id or ""
 
@@ -321,7 +322,7 @@ class MQTTClient:
             receipt = await self._when_room(partial(self._engine.submit, *message), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
-        elif self._engine.crowded:
+        elif self._backlog.crowded:
             await self._pace()
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
@@ -362,11 +363,16 @@ class MQTTClient:
 
     async def _pace(self) -> None:
         """Let the network thread catch up with large messages, but not for long."""
+        if not self._backlog.joins_a_crowd():
+            return
         loop = asyncio.get_running_loop()
-        until = loop.time() + PACE_TIME
-        # Not among those who are called when there is room, for they have to pass the call on.
-        while self._engine.crowded and loop.time() < until:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(PACE_TIME / 5)
+        left: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(PACE_TIME, resolve, left)
+        self._backlog.when_uncrowded(partial(self._bridge.post, partial(resolve, left)))
+        try:
+            await left
+        finally:
+            timer.cancel()
 
     # -- subscribing ------------------------------------------------------------------------
 

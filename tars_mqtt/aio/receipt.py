@@ -75,13 +75,18 @@ class PublishReceipt:
         if self._bridge.loop is not loop:
             raise RuntimeError("this receipt belongs to another event loop: await it there")
         future: asyncio.Future[None] = loop.create_future()
-        receipt._add_done_callback(lambda _: self._bridge.post(lambda: resolve(future)))
+
+        def tell(_: CoreReceipt) -> None:
+            self._bridge.post(lambda: resolve(future))
+
+        receipt._add_done_callback(tell)
         timer = None if limit is None else loop.call_later(limit, resolve, future)
         try:
             await future
         finally:
             if timer is not None:
                 timer.cancel()
+            receipt._remove_done_callback(tell)
         if not receipt.done():
             raise not_acknowledged(self.topic, limit, self)
 

@@ -554,7 +554,7 @@ def test_qos_0_stays_in_order_whether_it_goes_at_once_or_in_a_crowd(
             time.sleep(random.choice((0, 0.00001, 0.0001, 0.0003)))
     eventually(lambda: len(received) == 3_000)
     assert received == [b"%d" % number for number in range(3_000)]
-    at_once = client._engine._backlog.sent_at_once
+    at_once = client._engine.backlog.sent_at_once
     assert 100 < at_once < 3_000, "both ways were to be tried"
     assert client.stats().messages_out >= 3_000
 

@@ -141,7 +141,7 @@ async def test_a_slow_disk_holds_up_no_event_loop(broker: Broker, path: str) -> 
     received: list[bytes] = []
     async with aio.MQTTClient(broker.url, "slow-disk", outbox=path) as client:
         await client.subscribe("a", received.append, 1)
-        outbox = client._engine._backlog._spool._outbox
+        outbox = client._engine.backlog._spool._outbox
         with outbox._turn:  # the disk takes its time
             tasks = [asyncio.create_task(client.publish_event("a", "n", n, qos=1)) for n in range(50)]
             await asyncio.sleep(0.1)
@@ -163,7 +163,7 @@ async def test_a_shutdown_writes_what_waits_for_the_disk(broker: Broker, path: s
     await client.connect()
     broker.freeze()
     try:
-        spool = client._engine._backlog._spool
+        spool = client._engine.backlog._spool
         spool._later = lambda delay, call: None  # the time for the commit does not come
         publishing = asyncio.create_task(client.publish_event("a", "n", 1, qos=1))
         await asyncio.sleep(0)

@@ -147,7 +147,7 @@ def besiege(
     session = engine._session
     for topic in FILTERS:
         engine.register(topic, 1, None, None, {})
-    engine._backlog.open()
+    engine.backlog.open()
     for qos in (1, 2) if publishes else ():
         engine.submit("mine", b"x", qos, False, 0)
     wire = Wire(slices, reads)

@@ -344,6 +344,25 @@ def test_who_makes_large_messages_faster_than_they_leave_waits_a_moment(patient:
     assert patient.held() == (0, 0)
 
 
+def test_whoever_may_not_block_is_called_when_the_crowd_has_gone(patient: Harness) -> None:
+    called: list[int] = []
+    patient.backlog.when_uncrowded(lambda: called.append(0))
+    assert called == [0], "there was none"
+    for _ in range(2):
+        patient.submit(LARGE, 0, timeout=0)
+    for number in (1, 2):
+        patient.backlog.when_uncrowded(lambda number=number: called.append(number))
+    assert called == [0]
+    patient.pump()
+    patient.pump()
+    assert called == [0, 1, 2]
+    for _ in range(2):
+        patient.submit(LARGE, 0, timeout=0)
+    patient.backlog.when_uncrowded(lambda: called.append(3))
+    patient.disconnect()
+    assert called == [0, 1, 2, 3]
+
+
 def test_small_messages_do_not_wait_for_large_ones(patient: Harness) -> None:
     for _ in range(2):
         patient.submit(LARGE, 0, timeout=0)

@@ -176,3 +176,25 @@ def test_a_fork_while_a_receipt_is_settled_leaves_the_child_able_to_settle_its_o
             PublishReceipt(None, "a", 1)._settle()
             os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("colour", ["threads", "asyncio"])
+def test_who_asks_again_and_again_leaves_nothing_behind(colour: str) -> None:
+    receipt = PublishReceipt("id", "a", 1)
+
+    async def ask() -> None:
+        bridge = Bridge()
+        bridge.bind(asyncio.get_running_loop())
+        for _ in range(5):
+            with pytest.raises(AckTimeoutError):
+                await aio.PublishReceipt(receipt, bridge).result(0.001)
+
+    if colour == "asyncio":
+        asyncio.run(ask())
+    else:
+        for _ in range(5):
+            with pytest.raises(AckTimeoutError):
+                receipt.result(0.001)
+    assert receipt._then == []
+    receipt._settle()
+    assert receipt.result(0) == "id"
