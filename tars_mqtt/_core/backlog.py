@@ -138,7 +138,7 @@ class Backlog:
                 raise
         self._wake()
 
-    def admit_lossy(  # noqa: C901 - in one piece, because calls are what costs
+    def admit_lossy(  # noqa: C901, PLR0912 - in one piece, because calls are what costs
         self, topic: bytes, payload: bytes, retain: bool, timeout: float | None, at_once: bool = True
     ) -> None:
         """Take a message of QoS 0, or refuse it; see `admit`.

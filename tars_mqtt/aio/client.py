@@ -264,13 +264,16 @@ class MQTTClient:
     ) -> str:
         """Publish *data* in an `Envelope` and return its id. Cancelling stops the wait, not the send."""
         limit = seconds(timeout, self._publish_timeout)
-        loop = self._on_loop()
+        loop = asyncio.get_running_loop()
+        if loop is not self._bridge.loop:
+            self._on_loop()
         started = loop.time() if qos else 0.0
-        event = topic, event_type, data, correlation_id, qos, retain, 0.0, False
+        submit = self._engine.submit_event
         try:
-            receipt = self._engine.submit_event(*event)
+            receipt = submit(topic, event_type, data, correlation_id, qos, retain, 0.0, False)
         except QueueFullError as error:
-            receipt = await self._when_room(partial(self._engine.submit_event, *event), error, limit)
+            again = partial(submit, topic, event_type, data, correlation_id, qos, retain, 0.0, False)
+            receipt = await self._when_room(again, error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         elif self._backlog.crowded:
