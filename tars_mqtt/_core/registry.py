@@ -10,7 +10,6 @@ import attrs
 
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.router import Router
-from tars_mqtt.message import Message
 
 _LAST_IDENTIFIER = 268_435_455
 
@@ -23,10 +22,7 @@ class Registration:
     qos: int
     consumer: Consumer
     key_of: Any = None
-
-    def key(self, message: Message) -> Any:
-        """The key of ``order_by``; None where there is none."""
-        return None if self.key_of is None else self.key_of(message)
+    """Gives a message's key of ``order_by``; None where there is none."""
 
 
 @attrs.define(eq=False)

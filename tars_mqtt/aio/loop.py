@@ -242,14 +242,15 @@ class LoopDispatcher(WorkerPool):
         loop = task.get_loop()
         burst = self._tasks[task] = Burst(self)
         until = loop.time() + _LONGEST_HOLD
+        ours = 0  # variables in a context that no handler has set any in
         while self._begin_next(burst):
             self._free.discard(task)
             if self._loop_turns and not self._looking:
                 self._looking = True
                 loop.call_soon(self._look)
-            before = contextvars.copy_context()
+            ours = ours or len(contextvars.copy_context())
             await self._handle_burst(burst, task)
-            if task.cancelling() or (self._loop_turns and contextvars.copy_context() != before):
+            if task.cancelling() or (self._loop_turns and len(contextvars.copy_context()) > ours):
                 self._leave_to_another(burst)
                 return
             if loop.time() >= until:

@@ -215,13 +215,25 @@ async def test_a_context_variable_of_one_handler_is_not_seen_by_another() -> Non
         secret.set("b")
         await asyncio.sleep(0.01)
 
+    class Incomparable:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError
+
+        __hash__ = None  # type: ignore[assignment]
+
+    async def set_what_cannot_be_compared(_: bytes) -> None:
+        secret.set(Incomparable())  # type: ignore[arg-type]
+
     async def look(_: bytes) -> None:
         seen.append(secret.get())
 
-    for setter in (set_it, wait_with_it):
-        harness.submit(harness.consumer(setter), harness.consumer(look), harness.consumer(look))
+    for setter in (set_it, wait_with_it, set_what_cannot_be_compared):
+        setting = harness.consumer(setter)
+        harness.submit(setting)
+        harness.submit(setting, harness.consumer(look), harness.consumer(look))
+        harness.submit(setting)
         await harness.idle()
-    assert seen == [None] * 4
+    assert seen == [None] * 6
     await harness.stop()
 
 
