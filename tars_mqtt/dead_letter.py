@@ -83,6 +83,9 @@ class DeadLetters:
         self._waiting: deque[tuple[Delivery, Callable[[], None]]] = deque()
         self._burying = False
         self._called = False
+        self._tried = 0.0
+        self._asked = False
+        """Whether the outlet is to call when there is room. Belongs to who buries, and to that call."""
 
     def bury(self, delivery: Delivery, over: Callable[[], None]) -> None:
         """Publish the dead letter with QoS 1; *over* is called when the broker has it.
@@ -97,7 +100,8 @@ class DeadLetters:
                 self._waiting.append((delivery, over))
         if too_many:
             self._give_up(delivery.message, QueueFullError("too many wait for room"), over)
-        elif not before:  # otherwise somebody is at it, or they wait for room
+        elif not before or time.monotonic() - self._tried > _AGAIN:
+            # Otherwise somebody is at it, or they wait for room; which nobody tells any more after a shutdown.
             self._bury_waiting()
 
     def _bury_waiting(self) -> None:
@@ -107,40 +111,52 @@ class DeadLetters:
             if self._burying:
                 return
             self._burying = True
-        while True:
-            with self._lock:
-                if not self._called:
-                    self._burying = False
-                    return
-                self._called = False
-            self._bury_all()
+        try:
+            while self._goes_on():
+                self._bury_all()
+        except BaseException:
+            self._burying = False
+            raise
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            self._burying = again = self._called
+            self._called = False
+            return again
 
     def _bury_all(self) -> None:
-        asked = False
         while self._waiting:
+            self._tried = time.monotonic()
             delivery, over = self._waiting[0]
             try:
                 self._publish(delivery, over)
-            except (QueueFullError, OutboxError) as error:
-                if not getattr(error, "retriable", True):
-                    self._give_up(delivery.message, error, over)
-                elif asked:
-                    return
-                else:
-                    asked = True  # and try once more: room may have come free in between
-                    self._outlet.when_room(self._bury_waiting)
-                    if isinstance(error, OutboxError):
-                        self._outlet.call_later(_AGAIN, self._bury_waiting)
+            except QueueFullError as error:
+                if error.retriable:
+                    if self._asked:
+                        return
+                    self._asked = True  # and try once more: room may have come free in between
+                    self._outlet.when_room(self._there_is_room)
                     continue
+                self._give_up(delivery.message, error, over)
+            except OutboxError as error:
+                if getattr(error, "retriable", True):
+                    self._outlet.call_later(_AGAIN, self._bury_waiting)
+                    return
+                self._give_up(delivery.message, error, over)
             except (ClosedError, NotConnectedError):
                 self._leave_unburied()
                 return
-            except TopicError as error:
+            except Exception as error:  # it is too large, or anything else: those behind it shall not wait
                 self._give_up(delivery.message, error, over)
             self._waiting.popleft()
-            if asked:
-                asked = False
-                self._outlet.never_mind(self._bury_waiting)
+        if self._asked:
+            self._asked = False
+            self._outlet.never_mind(self._there_is_room)
+
+    def _there_is_room(self) -> None:
+        """Called by who made the room: the network thread, or one that holds the disk."""
+        self._asked = False
+        self._outlet.call_later(0.0, self._bury_waiting)
 
     def _publish(self, delivery: Delivery, over: Callable[[], None]) -> None:
         message = delivery.message

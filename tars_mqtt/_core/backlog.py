@@ -401,7 +401,8 @@ class Backlog:
 
     def _free(self, count: int, size: int) -> None:
         with self._lock:
-            full = self.held >= (self._max_queued if self._spool is None else self._spool_most)
+            # With an outbox, who waits for memory and who waits for the disk stand in the same line.
+            full = self._spool is None and self.held >= self._max_queued
             self.held -= count
             self.held_bytes -= size
             if self._waiting:

@@ -168,7 +168,7 @@ class Dispatcher:
     def _offer(self, consumer: Consumer) -> None:
         """Start each burst that may begin. Holds the lock."""
         if consumer.came is not None:
-            consumer.came.notify()
+            consumer.came.notify_all()
         elif not self.stopping:
             takes = consumer.lane.takes()
             while consumer.tokens < consumer.limit and consumer.offered < takes:

@@ -92,14 +92,13 @@ class Stream:
         self._piece_bytes = 0
         self._needed = 0
         self.bytes_in = 0
-        self.sends_now = type(sock) is socket.socket
-        """Whether `send_now` may be called: TLS and websockets have a state of their own between two packets."""
         # Guarded by _writing:
         self._writing = threading.Lock()
+        self.sends_now = type(sock) is socket.socket
+        """Whether others may `send_now`. Not over TLS and websockets, which have a state of their own."""
         self._outgoing: deque[bytes] = deque()
         self._unsent = memoryview(b"")
         self._full = False
-        self._closed = False
         self.outgoing_bytes = 0
         self.drained_bytes = 0
         """What the socket took after it had been full: the peer reads, if slowly."""
@@ -208,6 +207,11 @@ class Stream:
                 self._outgoing += packets
                 self.outgoing_bytes += sum(map(len, packets))
 
+    def send_no_more(self) -> None:
+        """From now on the network thread alone sends: nothing may follow a DISCONNECT [MQTT-3.14.4-2]."""
+        with self._writing:
+            self.sends_now = False
+
     def send_now(self, packet: bytes) -> bool:
         """Send a whole packet without waiting; False when others wait, or the socket does not take it now.
 
@@ -215,7 +219,7 @@ class Stream:
         """
         sent: list[int] = []
         with self._writing:
-            if self._closed or self.outgoing_bytes:
+            if not self.sends_now or self.outgoing_bytes:
                 return False
             try:
                 # In one step: an interrupt comes before it or after it, when it is known how much went.
@@ -281,7 +285,7 @@ class Stream:
     def close(self) -> None:
         """Close the socket. Idempotent."""
         with self._writing:  # or a publisher might send on what has got the descriptor next
-            self._closed = True
+            self.sends_now = False
             self._socket.close()
 
     def release_descriptor(self) -> None:

@@ -31,7 +31,11 @@ class Timer:
                 self._thread = threading.Thread(
                     target=self._run, name=f"tars-mqtt/{self._client_id}/timer", daemon=True
                 )
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:
+                    self._thread = None  # the next call is another attempt
+                    raise
             self._changed.notify()
 
     def stop(self) -> None:

@@ -294,6 +294,7 @@ class Transport:
         """Write DISCONNECT behind all that waits; True when everything left before the deadline."""
         if self._stream is None:
             return False
+        self._stream.send_no_more()
         with contextlib.suppress(ConnectionLostError):
             self._control.disconnect()
             return self.flush(deadline)

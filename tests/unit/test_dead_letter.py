@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tars_mqtt import ClosedError, Message, NotConnectedError, OutboxError, QueueFullError
+from tars_mqtt import (
+    ClosedError,
+    Message,
+    NotConnectedError,
+    OutboxError,
+    PublishRejectedError,
+    QueueFullError,
+    dead_letter,
+)
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt.dead_letter import DeadLetters
 from tars_mqtt.message import PublishReceipt
@@ -34,8 +43,11 @@ class FakeOutlet:
         self.sent.append(PublishReceipt("id", topic, 1))
         return self.sent[-1]
 
-    def call_later(self, _: float, call: Callable[[], None]) -> None:
-        self.later.append(call)
+    def call_later(self, delay: float, call: Callable[[], None]) -> None:
+        if delay:
+            self.later.append(call)
+        else:
+            call()
 
     def when_room(self, callback: Callable[[], None]) -> None:
         self.on_room.append(callback)
@@ -51,15 +63,52 @@ def bury(letters: DeadLetters, over: list[int], number: int = 1, qos: int = 0) -
     letters.bury(Delivery(Message("a", b"%d" % number, qos), None), lambda: over.append(number))
 
 
-@pytest.mark.parametrize("refusal", [QueueFullError("full"), OutboxError("the disk is full")])
-def test_it_waits_for_room_and_the_message_with_it(refusal: Exception) -> None:
-    outlet, over = FakeOutlet(refusal, refusal), []
+def test_it_waits_for_room_and_the_message_with_it() -> None:
+    outlet, over = FakeOutlet(QueueFullError("full"), QueueFullError("full")), []
     bury(DeadLetters("dead/{topic}", "a", outlet, "me"), over)
-    assert (outlet.sent, over) == ([], [])
-    (outlet.later or outlet.on_room).pop()()
+    assert (outlet.sent, over, outlet.later) == ([], [], [])
+    outlet.on_room.pop()()
     outlet.sent[0]._settle()
     assert over == [1]
     assert outlet.dropped == [False]
+
+
+def test_it_waits_for_a_disk_that_is_full_and_asks_now_and_then() -> None:
+    """What cannot be stored makes no room: nobody would be called but by ourselves, at once and for ever."""
+    outlet, over = FakeOutlet(*[OutboxError("the disk is full")] * 3), []
+    letters = DeadLetters("dead/{topic}", "a", outlet, "me")
+    for number in range(3):
+        bury(letters, over, number)
+    assert (outlet.tries, len(outlet.later), outlet.on_room) == (1, 1, [])
+    outlet.later.pop()()
+    assert (outlet.tries, len(outlet.later), outlet.on_room) == (2, 1, [])
+    outlet.later.pop()()
+    outlet.later.pop()()
+    assert len(outlet.sent) == 3
+    assert outlet.later == []
+
+
+def test_one_that_the_broker_would_never_take_does_not_stop_those_behind_it() -> None:
+    outlet, over = FakeOutlet(PublishRejectedError("too large", reason="packet too large")), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+    for number in range(3):
+        bury(letters, over, number, qos=1)
+    assert over == [0]
+    assert outlet.dropped == [True]
+    assert len(outlet.sent) == 2
+
+
+def test_those_that_a_shutdown_left_waiting_for_the_disk_are_tried_again_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dead_letter, "_AGAIN", 0.001)
+    outlet, over = FakeOutlet(OutboxError("the disk is full")), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+    bury(letters, over, 1)
+    outlet.later.clear()  # the timer was stopped
+    time.sleep(0.002)
+    bury(letters, over, 2)
+    assert len(outlet.sent) == 2
 
 
 def test_room_that_comes_free_before_it_is_asked_for_is_not_missed() -> None:

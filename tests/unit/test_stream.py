@@ -306,6 +306,7 @@ def test_no_packet_is_sent_past_others(pair) -> None:
 def test_what_the_socket_does_not_take_leaves_first() -> None:
     sock = FakeSocket(takes=[3])
     stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    stream.sends_now = True
     first, second = publish(b"1"), publish(b"2")
     assert stream.send_now(first)
     assert stream.outgoing_bytes == len(first) - 3
@@ -321,6 +322,7 @@ def test_a_packet_that_the_socket_refuses_is_still_the_callers(error: OSError) -
     """What is wrong with the connection is for the network thread to find out."""
     sock = FakeSocket(takes=[error])
     stream = Stream(sock, LIMIT, v5=True)  # type: ignore[arg-type]
+    stream.sends_now = True
     assert not stream.send_now(publish(b"1"))
     assert (stream.outgoing_bytes, stream.bytes_out, sock.sent) == (0, 0, b"")
 
@@ -330,6 +332,15 @@ def test_nothing_is_sent_on_a_connection_that_is_over(pair) -> None:
     stream, _ = pair
     stream.close()
     assert not stream.send_now(publish(b"1"))
+
+
+def test_nothing_follows_a_goodbye(pair) -> None:
+    stream, peer = pair
+    stream.send_no_more()
+    assert not stream.send_now(publish(b"1"))
+    stream.write(b"\xe0\x00")
+    assert stream.flush()
+    assert peer.recv(1000) == b"\xe0\x00"
 
 
 def test_what_is_no_plain_socket_is_the_network_threads_alone() -> None:
