@@ -61,9 +61,6 @@ def _options() -> argparse.Namespace:
         "--report", metavar="FILE", type=Path, nargs="+", help="measure nothing, show what --json wrote"
     )
     parser.add_argument(
-        "--processor", metavar="N", type=int, help="keep the clients, not the others, on that one (Linux)"
-    )
-    parser.add_argument(
         "--processes",
         metavar="N,N",
         help="measure only how throughput grows with so many processes that share a subscription",
@@ -116,9 +113,7 @@ def _measure(options: argparse.Namespace) -> tuple[Results, int]:
     results = Results.begin(options.clients)
     failures = 0
     with tempfile.TemporaryDirectory(prefix="tars-mqtt-bench-") as directory:
-        laboratory = Laboratory(
-            mosquitto, far.build(Path(directory)), options.broker, processor=options.processor
-        )
+        laboratory = Laboratory(mosquitto, far.build(Path(directory)), options.broker)
         for number, workload in itertools.product(range(options.rounds), options.workloads):
             # Each begins in turn, so that what disturbs for a while does not always disturb the same.
             start = number % len(options.clients)

@@ -32,8 +32,6 @@ class Laboratory:
     mosquitto: str
     far: list[str]
     broker_options: list[str] = attrs.field(factory=list)
-    processor: int | None = None
-    """The only one that the clients may run on."""
     timeout: float = 60.0
 
     def applies(self, workload: Workload, contender: Contender) -> bool:
@@ -66,7 +64,7 @@ class Laboratory:
             started = time.perf_counter()
             worker = stack.enter_context(
                 Process(
-                    [*self._bound(), sys.executable, "-m", "bench.worker", json.dumps(job._asdict())],
+                    [sys.executable, "-m", "bench.worker", json.dumps(job._asdict())],
                     self.timeout,
                     _environment(contender),
                 )
@@ -92,9 +90,6 @@ class Laboratory:
             if subscriber is not None:
                 metrics["rate"] = workload.messages / (float(subscriber.hear()) - metrics["began"])
             return metrics
-
-    def _bound(self) -> list[str]:
-        return [] if self.processor is None else ["taskset", "--cpu-list", str(self.processor)]
 
     def _far(self, *arguments: object) -> Process:
         return Process([*self.far, *map(str, arguments)], self.timeout)
