@@ -146,7 +146,8 @@ class Inbound:
         if retain:
             takers = self._route(topic, properties, retain=True)
         else:
-            takers = self._routes.get((topic, properties)) or self._find_route(topic, properties)
+            found = self._routes.get((topic, properties))
+            takers = self._find_route(topic, properties) if found is None else found
         if not takers:
             if not self._offer_elsewhere(first, body):
                 self._without_taker(message, packet_id)

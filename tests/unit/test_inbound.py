@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -254,6 +255,23 @@ def test_routes_follow_the_subscriptions() -> None:
     harness.registry.remove(second)
     harness.registry.remove(third)
     assert harness.receive("a") == []
+
+
+@pytest.mark.parametrize("topic", ["a", "nobody's"])
+def test_a_route_is_found_once_also_if_it_leads_nowhere(monkeypatch: pytest.MonkeyPatch, topic: str) -> None:
+    harness = Harness()
+    harness.subscribe("a")
+    found: list[str] = []
+    route = harness.inbound._route
+
+    def count(topic: str, properties: bytes, retain: bool) -> Any:
+        found.append(topic)
+        return route(topic, properties, retain)
+
+    monkeypatch.setattr(harness.inbound, "_route", count)
+    for _ in range(3):
+        harness.receive(topic)
+    assert found == [topic]
 
 
 def test_ever_new_topics_do_not_fill_the_memory(monkeypatch) -> None:
