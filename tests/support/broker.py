@@ -129,11 +129,11 @@ class Broker:
 
     def kill(self) -> None:
         """End it as ``kill -9`` does: no goodbye, no last write."""
-        self._engine.signal(signal.SIGKILL)
+        self._end_by(signal.SIGKILL)
 
     def terminate(self) -> None:
         """End it in good order: it disconnects its clients and writes its state."""
-        self._engine.signal(signal.SIGTERM)
+        self._end_by(signal.SIGTERM)
 
     def restart(self) -> None:
         """Terminate and start it again, at the same address."""
@@ -160,6 +160,20 @@ class Broker:
         if self.running:
             self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end_by(self, number: signal.Signals) -> None:
+        """Send the signal until it ends.
+
+        mosquitto 2.0.11 forgets a SIGTERM that comes between its line " running" and its main loop: about one
+        in six of those that are sent when the line is there.
+        """
+        assert self.running, "the broker is not running"
+
+        def ends() -> bool:
+            self._engine.signal(number)
+            return self._engine.wait(1)
+
+        eventually(ends, message=lambda: f"mosquitto ends by {number.name}:\n{self.log}")
 
     def _write_config(self) -> Path:
         lines = [
@@ -194,7 +208,8 @@ class _Engine(Protocol):
     @property
     def running(self) -> bool: ...
     def start(self, arguments: list[str], log: int) -> None: ...
-    def signal(self, number: signal.Signals) -> None: ...
+    def signal(self, number: signal.Signals) -> None: ...  # which may find it ended
+    def wait(self, timeout: float) -> bool: ...  # whether it has ended
     def reload(self) -> None: ...
     def freeze(self) -> None: ...
     def thaw(self) -> None: ...
@@ -219,12 +234,14 @@ class _Process:
         )
 
     def signal(self, number: signal.Signals) -> None:
-        process = self._running_process()
+        process = self._started_process()
         process.send_signal(number)
         if number == signal.SIGTERM:
             # A frozen process takes the signal when it is thawed, and not before.
             process.send_signal(signal.SIGCONT)
-        process.wait(10)
+
+    def wait(self, timeout: float) -> bool:
+        return self._process is None or _ended(self._process, timeout)
 
     def reload(self) -> None:
         self._running_process().send_signal(signal.SIGHUP)
@@ -237,10 +254,14 @@ class _Process:
     def thaw(self) -> None:
         self._running_process().send_signal(signal.SIGCONT)
 
-    def _running_process(self) -> subprocess.Popen[bytes]:
+    def _started_process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "the broker was never started"
-        assert self._process.poll() is None, "the broker is not running"
         return self._process
+
+    def _running_process(self) -> subprocess.Popen[bytes]:
+        process = self._started_process()
+        assert process.poll() is None, "the broker is not running"
+        return process
 
 
 class _Container:
@@ -267,9 +288,11 @@ class _Container:
         self._client = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def signal(self, number: signal.Signals) -> None:
-        assert self._client is not None, "the broker was never started"
-        self._docker("kill", f"--signal={number.name}")
-        self._client.wait(30)
+        if self.running:
+            self._docker("kill", f"--signal={number.name}")
+
+    def wait(self, timeout: float) -> bool:
+        return self._client is None or _ended(self._client, timeout)
 
     def reload(self) -> None:
         self._docker("kill", "--signal=SIGHUP")
@@ -282,6 +305,14 @@ class _Container:
 
     def _docker(self, *arguments: str) -> None:
         subprocess.run(["docker", *arguments, self._name], check=True, capture_output=True)
+
+
+def _ended(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _password_line(name: str, password: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -220,3 +221,24 @@ def test_a_mosquitto_that_does_not_start_says_why(tmp_path):
         broker.start()
     broker.close()
     assert not broker.directory.exists()
+
+
+def test_a_mosquitto_that_forgets_a_signal_is_asked_again(tmp_path):
+    binary = program(
+        tmp_path / "mosquitto",
+        f"""exec {sys.executable} - "$@" <<'PROGRAM'
+import pathlib, signal, socket, sys
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGTERM}})
+config = pathlib.Path(sys.argv[-1]).read_text()
+listener = socket.create_server(("127.0.0.1", int(config.split()[1])))
+print("mosquitto is running", flush=True)
+signal.sigwait({{signal.SIGTERM}})
+print("forgotten", flush=True)
+signal.sigwait({{signal.SIGTERM}})
+PROGRAM""",
+    )
+    with Broker(mosquitto=str(binary)) as broker:
+        broker.terminate()
+        assert not broker.running
+        assert broker.log.endswith("forgotten\n")
