@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.crowd import LARGE_BYTES, Crowd
 from tars_mqtt._core.outgoing import Outgoing, left_in_outbox
 from tars_mqtt.errors import (
     ClosedError,
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
 
 _LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
 """Of topic and payload: two lengths and a packet id go with them in a PUBLISH."""
-
-
-_LARGE_BYTES = 49_152
-_CROWD_BYTES = 1_048_576
-"""Of large messages of QoS 0. More of them are out of the processor's cache before they leave, and each takes
-fresh memory: a publisher lets the network thread catch up, which waits for the interpreter while he makes more."""
-
-PACE_TIME = 0.005
-"""Seconds that he waits for it at most; his message is taken already."""
 
 
 class Backlog:
@@ -61,16 +53,14 @@ class Backlog:
         self._room = threading.Condition(self._lock)
         self._waiting = 0  # for room
         self._left = threading.Condition(self._lock)
-        self._watching = 0  # for what is held to leave
-        self._on_uncrowded: list[Callable[[], None]] = []
+        self._flushing = 0  # who waits for what is held to leave
         self._callbacks: deque[Callable[[], None]] = deque()
         self.firm: deque[Outgoing] = deque()
         """QoS 1 and 2."""
         self.lossy: deque[bytes] = deque()
         """QoS 0, as the packets that the connection of now is to send."""
         self._lossy_bytes = 0
-        self.crowded = False
-        """Whether large messages of QoS 0 come faster than they leave. Read without the lock."""
+        self.crowd = Crowd(self._lock)
         self.sent_at_once = 0
         """Messages of QoS 0 that never waited here."""
         self.held = 0
@@ -168,7 +158,7 @@ class Backlog:
                     break
                 self._await_room(0, size, timeout)  # and look again: the connection may be another one
             if objection is None:
-                if not self.lossy and at_once and size <= _LARGE_BYTES:
+                if not self.lossy and at_once and size <= LARGE_BYTES:
                     # Under the lock it is the connection of these limits.
                     stream = self._idle_stream()
                 if stream is None:
@@ -176,16 +166,16 @@ class Backlog:
                     self._lossy_bytes += size
                     self.held += 1
                     self.held_bytes += size
-                    if size > _LARGE_BYTES and self._lossy_bytes > _CROWD_BYTES:
-                        self.crowded = True
+                    if size > LARGE_BYTES:
+                        self.crowd.grew(self._lossy_bytes)
         if objection is not None:
             raise PublishRejectedError(
                 f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
             )
         if stream is None:
             self._wake()
-            if self.crowded and timeout != 0 and self.joins_a_crowd():
-                self._pace()
+            if self.crowd.there and timeout != 0 and size > LARGE_BYTES:
+                self.crowd.wait()
         elif stream.send_now(packet):
             if stream.outgoing_bytes:
                 self._wake()
@@ -197,29 +187,7 @@ class Backlog:
     def joins_a_crowd(self) -> bool:
         """Whether the message that was just queued is a large one among many: worth a short wait."""
         with self._lock:
-            return self.crowded and bool(self.lossy) and len(self.lossy[-1]) > _LARGE_BYTES
-
-    def when_uncrowded(self, callback: Callable[[], None]) -> None:
-        """Have *callback* called once, when there is no crowd any more; for whoever may not block."""
-        with self._lock:
-            self._on_uncrowded.append(callback)
-        self._tell_uncrowded()  # it may have gone in between
-
-    def _tell_uncrowded(self) -> None:
-        if not self.crowded and self._on_uncrowded:
-            with self._lock:
-                callbacks, self._on_uncrowded = self._on_uncrowded, []
-            for callback in callbacks:
-                callback()
-
-    def _pace(self) -> None:
-        """Let the network thread catch up, but not for long."""
-        with self._lock:
-            self._watching += 1
-            try:
-                self._left.wait_for(lambda: not self.crowded, PACE_TIME)
-            finally:
-                self._watching -= 1
+            return self.crowd.there and bool(self.lossy) and len(self.lossy[-1]) > LARGE_BYTES
 
     def _stored(self, message: Outgoing) -> None:
         """A message is on disk: queue it, unless others that are only there come first."""
@@ -312,11 +280,11 @@ class Backlog:
     def wait_flushed(self, timeout: float) -> bool:
         """Wait until the broker has every message of QoS 1 and 2, and the network every other."""
         with self._room:
-            self._watching += 1
+            self._flushing += 1
             try:
                 return self._left.wait_for(lambda: not self.held, timeout)
             finally:
-                self._watching -= 1
+                self._flushing -= 1
 
     # -- network thread ---------------------------------------------------------------------
 
@@ -346,12 +314,12 @@ class Backlog:
             self.held -= lost
             self.held_bytes -= self._lossy_bytes
             self._lossy_bytes = 0
-            self.crowded = False
+            self.crowd.shrank(0)
             self.lossy.clear()
             self._room.notify_all()
             self._left.notify_all()
         self._call_back(len(self._callbacks))
-        self._tell_uncrowded()
+        self.crowd.tell()
         return lost
 
     def too_old(self, message: Outgoing) -> bool:
@@ -392,11 +360,9 @@ class Backlog:
                     packets.append(lossy.popleft())
                     size += len(packets[-1])
             self._lossy_bytes -= size
-            if self._lossy_bytes <= _CROWD_BYTES // 2:
-                self.crowded = False
+            self.crowd.shrank(self._lossy_bytes)
         self._free(len(packets), size)
-        if self._on_uncrowded:
-            self._tell_uncrowded()
+        self.crowd.tell()
         return packets, size
 
     def _free(self, count: int, size: int) -> None:
@@ -408,7 +374,7 @@ class Backlog:
             if self._waiting:
                 # Each place for one. Where bytes were short, who fits is for all of them to see.
                 self._room.notify(count if full else self._waiting)
-            if self._watching and not (self.held and self.crowded):
+            if self._flushing and not self.held:
                 self._left.notify_all()
         if self._callbacks:
             self._call_back(count)
@@ -427,9 +393,10 @@ class Backlog:
             self.firm.clear()
             self.lossy.clear()
             self.held = self.held_bytes = self._lossy_bytes = 0
-            self.crowded = False
+            self.crowd.shrank(0)
             self._room.notify_all()
             self._left.notify_all()
+        self.crowd.tell()
         if spool is not None:
             spool.close()
             for message in lost:

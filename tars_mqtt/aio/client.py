@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from tars_mqtt._core.backlog import PACE_TIME
+from tars_mqtt._core.crowd import PACE_TIME
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.option import HandlerOptions
@@ -276,7 +276,7 @@ class MQTTClient:
             receipt = await self._when_room(again, error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
-        elif self._backlog.crowded:
+        elif self._backlog.crowd.there:
             await self._pace()
         return receipt.envelope_id or ""
 
@@ -325,7 +325,7 @@ class MQTTClient:
             receipt = await self._when_room(partial(self._engine.submit, *message), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
-        elif self._backlog.crowded:
+        elif self._backlog.crowd.there:
             await self._pace()
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
@@ -371,11 +371,13 @@ class MQTTClient:
         loop = asyncio.get_running_loop()
         left: asyncio.Future[None] = loop.create_future()
         timer = loop.call_later(PACE_TIME, resolve, left)
-        self._backlog.when_uncrowded(partial(self._bridge.post, partial(resolve, left)))
+        tell = partial(self._bridge.post, partial(resolve, left))
+        self._backlog.crowd.when_gone(tell)
         try:
             await left
         finally:
             timer.cancel()
+            self._backlog.crowd.never_mind(tell)
 
     # -- subscribing ------------------------------------------------------------------------
 

@@ -452,10 +452,10 @@ async def test_large_messages_leave_while_others_are_made(broker: Broker) -> Non
         async with asyncio.timeout(30):
             for _ in range(30):
                 await client.publish("a", payload)
-        assert client._engine.backlog.crowded
+        assert client._engine.backlog.crowd.there
         broker.thaw()
         await until(lambda: received == 50)
-        assert not client._engine.backlog.crowded
+        assert not client._engine.backlog.crowd.there
 
 
 async def test_a_full_queue_is_awaited_by_publish_and_an_error_for_submit(broker: Broker) -> None:

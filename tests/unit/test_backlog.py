@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tars_mqtt._core import backlog as backlog_module
-from tars_mqtt._core import wire
+from tars_mqtt._core import crowd, wire
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID
 from tars_mqtt.errors import ClosedError, NotConnectedError, PublishRejectedError, QueueFullError
@@ -314,7 +313,7 @@ LARGE = b"x" * 600_000
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> Harness:
     """Where there is a crowd, a publisher waits until somebody ends it."""
-    monkeypatch.setattr(backlog_module, "PACE_TIME", 60.0)
+    monkeypatch.setattr(crowd, "PACE_TIME", 60.0)
     harness = Harness(max_queued=10_000, max_queued_bytes=64 << 20)
     harness.connect()
     return harness
@@ -331,42 +330,56 @@ def submit_large_in_thread(harness: Harness) -> threading.Thread:
 )
 def test_who_makes_large_messages_faster_than_they_leave_waits_a_moment(patient: Harness, end: Any) -> None:
     patient.submit(LARGE, 0, None)
-    assert not patient.backlog.crowded
+    assert not patient.backlog.crowd.there
     thread = submit_large_in_thread(patient)
-    eventually(lambda: patient.backlog._watching == 1)
-    assert len(patient.backlog.lossy) == 2, "it is taken already"
+    eventually(lambda: len(patient.backlog.lossy) == 2, message="it is taken already")
+    thread.join(0.05)
+    assert thread.is_alive(), "it waits"
     end(patient)
     if patient.backlog.lossy:
         end(patient)
     thread.join(30)
     assert not thread.is_alive()
-    assert not patient.backlog.crowded
+    assert not patient.backlog.crowd.there
     assert patient.held() == (0, 0)
 
 
 def test_whoever_may_not_block_is_called_when_the_crowd_has_gone(patient: Harness) -> None:
     called: list[int] = []
-    patient.backlog.when_uncrowded(lambda: called.append(0))
+    patient.backlog.crowd.when_gone(lambda: called.append(0))
     assert called == [0], "there was none"
     for _ in range(2):
         patient.submit(LARGE, 0, timeout=0)
     for number in (1, 2):
-        patient.backlog.when_uncrowded(lambda number=number: called.append(number))
+        patient.backlog.crowd.when_gone(lambda number=number: called.append(number))
     assert called == [0]
     patient.pump()
     patient.pump()
     assert called == [0, 1, 2]
     for _ in range(2):
         patient.submit(LARGE, 0, timeout=0)
-    patient.backlog.when_uncrowded(lambda: called.append(3))
+    patient.backlog.crowd.when_gone(lambda: called.append(3))
     patient.disconnect()
     assert called == [0, 1, 2, 3]
+
+
+def test_whoever_has_waited_long_enough_for_the_crowd_to_go_is_not_called(patient: Harness) -> None:
+    called: list[int] = []
+    callbacks = [lambda number=number: called.append(number) for number in (1, 2)]
+    for _ in range(2):
+        patient.submit(LARGE, 0, timeout=0)
+    for callback in callbacks:
+        patient.backlog.crowd.when_gone(callback)
+    patient.backlog.crowd.never_mind(callbacks[0])
+    patient.disconnect()
+    assert called == [2]
+    patient.backlog.crowd.never_mind(callbacks[1])  # too late, and no error
 
 
 def test_small_messages_do_not_wait_for_large_ones(patient: Harness) -> None:
     for _ in range(2):
         patient.submit(LARGE, 0, timeout=0)
-    assert patient.backlog.crowded
+    assert patient.backlog.crowd.there
     patient.submit(b"small", 0, None)  # returns
     assert not patient.backlog.joins_a_crowd()
 
@@ -374,14 +387,14 @@ def test_small_messages_do_not_wait_for_large_ones(patient: Harness) -> None:
 def test_whoever_may_not_block_does_not_wait_behind_a_crowd(patient: Harness) -> None:
     for _ in range(10):
         patient.submit(LARGE, 0, timeout=0)
-    assert patient.backlog.crowded
+    assert patient.backlog.crowd.there
     assert len(patient.backlog.lossy) == 10
 
 
 def test_small_messages_are_no_crowd(patient: Harness) -> None:
     for _ in range(5_000):
         patient.submit(b"x" * 1_000, 0, None)
-    assert not patient.backlog.crowded
+    assert not patient.backlog.crowd.there
 
 
 def test_the_wait_behind_a_crowd_is_short() -> None:
@@ -486,7 +499,7 @@ def test_flushed_means_that_the_broker_has_everything(harness: Harness) -> None:
     outcomes: list[bool] = []
     waiter = threading.Thread(target=lambda: outcomes.append(harness.backlog.wait_flushed(10)), daemon=True)
     waiter.start()
-    eventually(lambda: harness.backlog._watching)
+    eventually(lambda: harness.backlog._flushing)
     harness.acknowledge(message)
     waiter.join(10)
     assert outcomes == [True]
