@@ -104,7 +104,7 @@ class MQTTClient:
             ConfigError: A file that a setting names cannot be used: a certificate, a key, a password.
             SubscribeError: The broker refused some of the subscriptions. The client is connected.
         """
-        self._engine.connect(seconds(timeout, self.config.connect_timeout))
+        self._engine.life.connect(seconds(timeout, self.config.connect_timeout))
 
     def disconnect(self) -> None:
         """Leave the broker; `connect` may follow.
@@ -112,7 +112,7 @@ class MQTTClient:
         Subscriptions stay registered, messages of QoS 1 and 2 that were not sent stay queued. Takes no
         longer than ``shutdown_timeout``, whatever state the broker is in.
         """
-        self._engine.disconnect()
+        self._engine.life.disconnect()
 
     def shutdown(self, timeout: Timeout = DEFAULT) -> None:
         """Finish the handlers, flush QoS 1 and 2, say goodbye, join every thread.
@@ -125,7 +125,7 @@ class MQTTClient:
         """
         self._stop.put(None)
         limit = seconds(timeout, self.config.shutdown_timeout)
-        self._engine.shutdown(threading.TIMEOUT_MAX if limit is None else limit)
+        self._engine.life.shutdown(threading.TIMEOUT_MAX if limit is None else limit)
 
     def __enter__(self) -> Self:
         try:
@@ -141,7 +141,7 @@ class MQTTClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._engine.forked:  # a child that leaves the block has nothing to end here
+        if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
             self.shutdown()
 
     def run(self) -> None:
@@ -155,7 +155,7 @@ class MQTTClient:
 
         def end() -> None:
             stop.put(None)
-            self._engine.call_off()
+            self._engine.life.call_off()
 
         with _on_signals(end):
             try:
@@ -177,7 +177,7 @@ class MQTTClient:
         Args:
             timeout: Seconds; ``None`` waits for ever, ``0`` does not wait.
         """
-        self._engine.check()
+        self._engine.life.check()
         ends = (ConnectionState.CONNECTED, ConnectionState.CLOSED)
         self._engine.state.wait(lambda state: state in ends, seconds(timeout, 0.0))
         return self.connected

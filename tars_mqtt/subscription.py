@@ -93,7 +93,7 @@ class MessageIterator(Iterator[Message]):
             TimeoutError: None came in time.
         """
         self._finish_current()
-        self._engine.check()
+        self._engine.life.check()
         self._current = self._engine.dispatcher.next(self._consumer, seconds(timeout, 0.0))
         return None if self._current is None else self._current.delivery.message
 

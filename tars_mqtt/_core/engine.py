@@ -1,16 +1,13 @@
-"""The engine behind both clients: the parts, wired; starting and stopping in the right order."""
+"""The engine behind both clients: the parts, wired; publishing, subscribing and looking."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 from tars_mqtt._core.aside import Start
@@ -21,6 +18,7 @@ from tars_mqtt._core.dispatch import Consumer, Dispatcher, Taken
 from tars_mqtt._core.handler import HandlerCall
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.lane import Fifo, Keyed
+from tars_mqtt._core.life import Life
 from tars_mqtt._core.option import HandlerOptions, checked
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.outgoing import Outgoing
@@ -28,7 +26,7 @@ from tars_mqtt._core.recovery import Recovery
 from tars_mqtt._core.registry import Registration, Registry
 from tars_mqtt._core.session import Session
 from tars_mqtt._core.spool import Spool
-from tars_mqtt._core.state import ConnectionState, StateCell
+from tars_mqtt._core.state import StateCell
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import seconds
 from tars_mqtt._core.transport import Transport
@@ -36,34 +34,23 @@ from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
 from tars_mqtt.dedup import DurableDeduplicator, MessageDeduplicator
 from tars_mqtt.envelope import encode_event
-from tars_mqtt.errors import (
-    ClosedError,
-    ConnectError,
-    NotConnectedError,
-    SubscribeError,
-    TarsMQTTError,
-)
+from tars_mqtt.errors import TarsMQTTError
 from tars_mqtt.health import Health
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.topics import check_filter, topic_bytes
 
-logger = logging.getLogger("tars_mqtt.session")
 publish_logger = logging.getLogger("tars_mqtt.publish")
 
 MakeDispatcher = Callable[
     [MQTTClientConfig, Counters, Callable[[], None], Callable[[str | None], None]], Dispatcher
 ]
-_GOODBYE_SHARE = 0.1
-"""Of the time for a shutdown: kept for the goodbye, whatever came before took."""
-
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Engine:
     """All that a client does, without saying how its caller waits.
 
-    Methods that end in a future or a receipt return at once; `connect`, `disconnect` and
-    `shutdown` block. Any thread.
+    Methods return at once, mostly a future or a receipt; what blocks is in its `life`. Any thread.
     """
 
     def __init__(
@@ -87,7 +74,6 @@ class Engine:
             config.max_queued, config.max_queued_bytes, transport.wake, transport.idle_stream
         )
         self._outbound = Outbound(self.backlog, config.max_inflight, self.counters, config.client_id)
-        self.backlog.refuse(_not_started())
         self.health = Health(config, self.backlog)
         self._session = Session(
             config, transport, self.state, self._registry, self._outbound, self.health, start_call
@@ -102,81 +88,23 @@ class Engine:
         )
         self._source = config.source_name
         self._correlation = config.correlation
-        self.forked = False
-        """Whether this is the child of a fork, and the client its parent's."""
-        self._called_off = False
-        # Guarded by _lock:
-        self._lock = threading.Lock()
-        self._first: Future[None] | None = None
-        self._shutting_down = threading.Lock()
+        self.life = Life(
+            config,
+            self.state,
+            self._session,
+            self.dispatcher,
+            self.backlog,
+            self._outbound,
+            self.health,
+            prepare=self._open_outbox,
+            retire=self._remove_iterators,
+        )
         _engines.add(self)
 
     @property
     def client(self) -> Any:
         """paho's client."""
         return self._session.transport.client
-
-    # -- life -------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Refuse to work in a forked child, which has neither the threads nor the connection."""
-        if self.forked:
-            raise ClosedError(
-                "this client belongs to the parent of this forked process: make a new one after os.fork()"
-            )
-
-    def connect(self, timeout: float | None) -> None:
-        """Start if needed and wait until the connection is up and the subscriptions acknowledged."""
-        self.check()
-        deadline = time.monotonic() + (threading.TIMEOUT_MAX / 2 if timeout is None else timeout)
-        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise ConnectError("the client is still busy leaving the broker; call connect() again")
-        try:
-            if self._shutting_down.locked():
-                raise ClosedError("the client is being shut down: call connect() when that is over")
-            # Asked before the thread starts: its first connection may come and go before this one looks.
-            began = not self._session.running or self._first is None or not self._first.done()
-            if not self._session.running:
-                self._open_outbox()
-                self.state.set(ConnectionState.CONNECTING)
-                self.dispatcher.start()
-                self.backlog.open()
-                self._session.inbound.open()
-                self._first = self._session.start()
-            first = self._first
-        finally:
-            self._lock.release()
-        assert first is not None
-        if self._called_off and not first.done():
-            self._session.interrupt()  # a signal came before there was anything to interrupt
-        try:
-            first.result(timeout)
-            if not began:  # the first connection was there, even if it is gone by now
-                self._await_connection(deadline)
-        except FutureTimeoutError:
-            reason = self._session.last_error
-            if began:
-                self.stop_network(0.0, first)
-            raise ConnectError(
-                f"no connection to {self.config.urls[0]} within {timeout:g} s"
-                + (f": {reason}" if reason else "")
-                + "; check mqtt_url, and whether a broker runs there"
-                + ("" if began else ". The client keeps trying")
-            ) from None
-        except SubscribeError as error:
-            raise SubscribeError(str(error), error.refused) from error
-        except TarsMQTTError:
-            self.stop_network(0.0, first)
-            raise
-
-    def _await_connection(self, deadline: float) -> None:
-        """Wait for the connection of a client that had one already, and is about to get the next."""
-        trying = (ConnectionState.CONNECTING, ConnectionState.RECONNECTING)
-        left = max(0.0, deadline - time.monotonic())
-        if not self.state.wait(lambda state: state not in trying, min(left, threading.TIMEOUT_MAX)):
-            raise FutureTimeoutError
-        if self.state.value is not ConnectionState.CONNECTED:
-            raise ClosedError("the client left the broker while it connected")
 
     def _open_outbox(self) -> None:
         config = self.config
@@ -189,99 +117,6 @@ class Engine:
         self.backlog.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
         if isinstance(self.deduplicator, DurableDeduplicator):
             self.deduplicator.attach(outbox, config.client_id)
-
-    def call_off(self) -> None:
-        """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
-        self._called_off = True
-        if self._first is not None and not self._first.done():
-            self._session.interrupt()
-
-    def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
-        """End the network thread; what is queued stays queued. False when it does not end in time.
-
-        Args:
-            first: Only the one that promised this; another may have been started since.
-        """
-        with self._lock:  # no `connect` between the end and what is said of it
-            if first is not None and first is not self._first:
-                return True
-            if not self._closing:
-                self.backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
-            ended = self._session.leave(timeout)
-            if not self._closing:
-                self.state.set(ConnectionState.DISCONNECTED)
-            return ended
-
-    @property
-    def _closing(self) -> bool:
-        return self.state.value in (ConnectionState.CLOSING, ConnectionState.CLOSED)
-
-    def disconnect(self) -> None:
-        """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""
-        self.check()
-        if not self._session.running:
-            return
-        deadline = time.monotonic() + self.config.shutdown_timeout
-        self._say_goodbye("disconnected", deadline)
-        self.stop_network(max(0.0, deadline - time.monotonic()))
-
-    def _say_goodbye(self, event: str, deadline: float) -> None:
-        if self.state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self.backlog.online:
-            receipt = self.health.goodbye(event)
-            if receipt is not None:
-                with contextlib.suppress(TarsMQTTError):
-                    receipt.result(max(0.0, deadline - time.monotonic()))
-
-    def shutdown(self, timeout: float, own: int | None = None, reader: object = None) -> None:
-        """Finish the work, flush, say goodbye, join every thread.
-
-        Args:
-            own: See `Dispatcher.own_work`; for a caller on another thread or task than the one that asked.
-            reader: See `Dispatcher.wait_idle`; this thread unless given.
-        """
-        self.check()
-        own = self.dispatcher.own_work() if own is None else own
-        if own and self._shutting_down.locked():
-            return  # whoever shuts down waits for this very handler
-        if not self._shutting_down.acquire(timeout=timeout):
-            return
-        try:
-            if self.state.value is not ConnectionState.CLOSED:
-                reader = reader or threading.current_thread()
-                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, own, reader)
-        finally:
-            self._called_off = False
-            self._shutting_down.release()
-
-    def _shutdown(self, deadline: float, reserve: float, own: int, reader: object) -> None:
-        def left(kept: float = 0.0) -> float:
-            return max(0.0, deadline - kept - time.monotonic())
-
-        extra = {"client_id": self.config.client_id}
-        # A `connect` that is about to begin has begun by then, or is refused.
-        begun = self._lock.acquire(timeout=left())
-        self.state.set(ConnectionState.CLOSING)
-        if begun:
-            self._lock.release()
-        self._session.inbound.close()
-        if not self.dispatcher.wait_idle(left(2 * reserve), own, reader):
-            logger.warning("shutdown: handlers still run; going on without them", extra=extra)
-        self.backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
-        if self._session.running:
-            self.backlog.wait_flushed(left(2 * reserve))
-            self._say_goodbye("shutdown", deadline - reserve)
-            if not self._session.leave(left()):
-                logger.warning("shutdown: the network thread is stuck in the operating system", extra=extra)
-        lost = self._outbound.abandon()
-        if lost:
-            logger.warning("shutdown: the broker did not acknowledge %d messages in time", lost, extra=extra)
-        for name in self.dispatcher.stop(left()):
-            logger.warning("shutdown: the handler on thread %s does not return", name, extra=extra)
-        for registration in self._registry.registrations():
-            if registration.consumer.handle is None:
-                self.unregister(registration)  # nobody would take what comes after a later `connect`
-        self.state.set(ConnectionState.CLOSED)
-        logger.info("shut down", extra=extra)
 
     # -- publishing -------------------------------------------------------------------------
 
@@ -367,8 +202,8 @@ class Engine:
         timeout: float | None,
         wait_stored: bool,
     ) -> PublishReceipt:
-        if self.forked:
-            self.check()
+        if self.life.forked:
+            self.life.check()
         if retain not in (True, False):  # the text "false" would count as true
             raise ValueError(f"retain must be True or False, not {retain!r}")
         if qos == 0:
@@ -391,7 +226,7 @@ class Engine:
         Args:
             call: What handles a delivery with *handler*; None for an iterator.
         """
-        self.check()
+        self.life.check()
         topic = check_filter(topic)
         if qos not in (0, 1, 2):
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
@@ -448,7 +283,7 @@ class Engine:
 
     def unregister(self, registration: Registration) -> Future[None]:
         """Remove a subscription; what waits for its handler is given up."""
-        self.check()
+        self.life.check()
         waiter: Future[None] = Future()
         entry = self._registry.remove(registration)
         self.dispatcher.remove(registration.consumer)
@@ -463,8 +298,14 @@ class Engine:
 
     def abandon(self, registration: Registration, taken: Taken | None) -> None:
         """Nobody refers to an iterator any more. Takes no lock: the collector may call at any point."""
-        if not registration.consumer.closed and not self.forked:
+        if not registration.consumer.closed and not self.life.forked:
             self._session.call(lambda: self._abandoned(registration, taken))
+
+    def _remove_iterators(self) -> None:
+        """Nobody would take what comes after a later `connect`."""
+        for registration in self._registry.registrations():
+            if registration.consumer.handle is None:
+                self.unregister(registration)
 
     def _abandoned(self, registration: Registration, taken: Taken | None) -> None:
         if taken is not None:
@@ -498,7 +339,7 @@ class Engine:
 
     def _after_fork_in_child(self) -> None:
         # No lock may be touched: another thread of the parent may have held it.
-        self.forked = True
+        self.life.forked = True
         self._session.transport.release_descriptors()
 
 
@@ -511,10 +352,6 @@ def _deduplicator(config: MQTTClientConfig) -> MessageDeduplicator | None:
 
 def _topic_of(message: Message) -> str:
     return message.topic
-
-
-def _not_started() -> NotConnectedError:
-    return NotConnectedError("the client is not connected: call connect() first")
 
 
 def _after_fork_in_child() -> None:

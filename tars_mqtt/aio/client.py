@@ -92,7 +92,7 @@ class MQTTClient:
         """Return the running loop; it must be ours."""
         loop = asyncio.get_running_loop()
         if self._bridge.loop is not loop:
-            self._engine.check()
+            self._engine.life.check()
             idle = self.state in (ConnectionState.NEW, ConnectionState.CLOSED, ConnectionState.DISCONNECTED)
             if self._bridge.loop is not None and not idle and not self._bridge.loop.is_closed():
                 raise RuntimeError(
@@ -119,9 +119,9 @@ class MQTTClient:
         limit = seconds(timeout, self.config.connect_timeout)
         self._on_loop()
         try:
-            await self._blocking(self._engine.connect, limit)
+            await self._blocking(self._engine.life.connect, limit)
         except asyncio.CancelledError:
-            await _to_the_end(self._blocking(self._engine.stop_network, 0.0))
+            await _to_the_end(self._blocking(self._engine.life.stop_network, 0.0))
             raise
         finally:
             if self.state is ConnectionState.DISCONNECTED:
@@ -131,7 +131,7 @@ class MQTTClient:
         """Leave the broker; `connect` may follow."""
         self._on_loop()
         try:
-            await _to_the_end(self._blocking(self._engine.disconnect))
+            await _to_the_end(self._blocking(self._engine.life.disconnect))
         finally:
             self._release_executor()
 
@@ -148,7 +148,9 @@ class MQTTClient:
         own = self._dispatcher.own_work(), asyncio.current_task()
         self._dispatcher.spared = handler_task.get() if own[0] else None
         try:
-            await _to_the_end(self._blocking(self._engine.shutdown, 1e6 if limit is None else limit, *own))
+            await _to_the_end(
+                self._blocking(self._engine.life.shutdown, 1e6 if limit is None else limit, *own)
+            )
         finally:
             self._release_executor()
 
@@ -171,7 +173,7 @@ class MQTTClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._engine.forked:  # a child that leaves the block has nothing to end here
+        if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
             await self.shutdown()
 
     async def run(self) -> None:
@@ -182,7 +184,7 @@ class MQTTClient:
 
         def end() -> None:
             stop.set()
-            self._engine.call_off()
+            self._engine.life.call_off()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             # Neither on other threads than the main one, nor on Windows.
@@ -204,7 +206,7 @@ class MQTTClient:
 
     async def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first."""
-        self._engine.check()
+        self._engine.life.check()
         loop = self._on_loop()
         changed = asyncio.Event()
 

@@ -180,7 +180,7 @@ time.sleep(60)
 def test_kill_9_of_a_subscriber_in_the_middle_of_its_handlers_loses_nothing(
     make_client, broker: Broker, path: str
 ) -> None:
-    """What was begun and not finished comes again, to the next process; what was acknowledged does not."""
+    """What was begun and not finished comes again, to a later process."""
     boss = make_client(broker.url)
     boss.connect()
     begun, handled = [], []
@@ -204,7 +204,8 @@ def test_kill_9_of_a_subscriber_in_the_middle_of_its_handlers_loses_nothing(
     assert {number for life in handled for number in life} == set(range(100))
     for life in (0, 1):
         unfinished = set(begun[life]) - set(handled[life])
-        assert unfinished <= set(handled[life + 1])
+        # Not always the next one: where the kill came late, that is killed before it gets as far.
+        assert unfinished <= {number for later in handled[life + 1 :] for number in later}
 
 
 HANDLED_THEN_KILLED = (

@@ -446,7 +446,7 @@ def test_a_connect_that_is_called_off_while_it_starts_ends(make_client, monkeypa
 
     def start_and_be_called_off():
         first = start()
-        engine.call_off()
+        engine.life.call_off()
         return first
 
     monkeypatch.setattr(engine._session, "start", start_and_be_called_off)
