@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import attrs
+
 from tars_mqtt._core.aside import on_a_thread
 from tars_mqtt._core.burst import Burst
 from tars_mqtt._core.dispatch import Turn
@@ -141,8 +143,22 @@ def _is_current(task: asyncio.Task[None]) -> bool:
         return False
 
 
+@attrs.define(eq=False)
+class TaskWatch:
+    """One call of a coroutine function that has a time limit. Owned by the loop's thread."""
+
+    task: asyncio.Task[None]
+    turn: Turn
+    delivery: Delivery
+    timeout: float
+    timer: asyncio.TimerHandle | None = None
+    """When it is looked at next."""
+
+
 class LoopDispatcher(WorkerPool):
     """Runs coroutine handlers as tasks on the loop, and plain functions on worker threads.
+
+    As many tasks as there are workers may go on in spite of their time limit; the lanes of further ones wait.
 
     `stop` and `wait_idle` block: call them on another thread than the loop's.
     """
@@ -282,7 +298,7 @@ class LoopDispatcher(WorkerPool):
         assert turn is not None
         call, timeout = turn.consumer.handle, turn.consumer.recovery.timeout
         assert isinstance(call, CoroutineCall)
-        watch: asyncio.TimerHandle | None = None
+        watch: TaskWatch | None = None
         try:
             for delivery in burst:
                 if timeout is not None:
@@ -324,27 +340,39 @@ class LoopDispatcher(WorkerPool):
 
     # -- coroutines that do not heed their cancellation -----------------------------------------
 
-    def _watch_task(self, turn: Turn, delivery: Delivery, timeout: float) -> asyncio.TimerHandle:
+    def _watch_task(self, turn: Turn, delivery: Delivery, timeout: float) -> TaskWatch:
         task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
         assert task is not None
-        # The time limit itself cancels; whoever is still there after as long again will not leave.
-        return loop.call_later(2 * timeout, self._give_up_task, task, turn, delivery, timeout)
+        # The time limit itself cancels, in the round of the loop in which this looks as well.
+        watch = TaskWatch(task, turn, delivery, timeout)
+        watch.timer = task.get_loop().call_later(timeout, self._was_told, watch)
+        return watch
 
-    def _give_up_task(self, task: asyncio.Task[None], turn: Turn, delivery: Delivery, timeout: float) -> None:
-        if turn.life == self._life:
-            self._stuck_tasks.add(task)
-            self._go_on_without(turn, delivery, timeout)
+    def _was_told(self, watch: TaskWatch) -> None:
+        """Its time is up: whoever is still there after as long again will not leave.
 
-    def _given_up(self, watch: asyncio.TimerHandle | None) -> bool:
+        From now on, for a loop that was held up may see to it long after it was due.
+        """
+        watch.timer = watch.task.get_loop().call_later(watch.timeout, self._give_up_task, watch)
+
+    def _give_up_task(self, watch: TaskWatch) -> None:
+        if watch.turn.life != self._life:
+            return
+        if len(self._stuck_tasks) >= self._workers:
+            self._was_told(watch)  # as many as may be: look again later
+            return
+        self._stuck_tasks.add(watch.task)
+        self._go_on_without(watch.turn, watch.delivery, watch.timeout)
+
+    def _given_up(self, watch: TaskWatch | None) -> bool:
         """Whether the delivery has been dealt with, and the lane given to another task."""
         if watch is None:
             return False
-        watch.cancel()
-        task = asyncio.current_task()
-        if task not in self._stuck_tasks:
+        if watch.timer is not None:
+            watch.timer.cancel()
+        if watch.task not in self._stuck_tasks:
             return False
-        self._stuck_tasks.discard(task)
+        self._stuck_tasks.discard(watch.task)
         if not self._stuck_tasks:
             self._tell_stuck(None)
         return True

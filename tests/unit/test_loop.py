@@ -338,6 +338,47 @@ async def test_an_internal_error_costs_one_attempt_and_no_order(
     await harness.stop()
 
 
+async def test_a_loop_that_was_held_up_does_not_count_one_time_limit_twice() -> None:
+    harness = Harness()
+    consumer = harness.consumer(lambda payload: asyncio.sleep(10))
+    consumer.recovery = Recovery(timeout=0.02)
+    harness.submit(consumer)
+    await until(lambda: consumer.tokens)
+    await asyncio.sleep(0.005)
+    time.sleep(0.1)  # noqa: ASYNC251 - somebody holds up the loop
+    await harness.idle()
+    assert harness.counters.totals()["handler_timeouts"] == 1
+    await harness.stop()
+
+
+async def test_no_more_coroutines_than_workers_outlive_their_time_limit() -> None:
+    """The lanes of others that do not heed it wait, as they do for threads: or there would be ever more of them."""
+    harness = Harness()  # of one worker
+    release = asyncio.Event()
+    seen: list[bytes] = []
+
+    async def stubborn(payload: bytes) -> None:
+        seen.append(payload)
+        while payload.isupper() and not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    for payloads in ((b"A", b"a"), (b"B", b"b")):
+        consumer = harness.consumer(stubborn)
+        consumer.recovery = Recovery(timeout=0.02)
+        for payload in payloads:
+            harness.submit(consumer, payload=payload)
+    await until(lambda: len(seen) == 3)
+    await asyncio.sleep(0.1)
+    assert sorted(seen) in ([b"A", b"B", b"a"], [b"A", b"B", b"b"])
+    assert harness.counters.totals()["handler_timeouts"] == 1
+    release.set()
+    await harness.idle()
+    assert sorted(seen) == [b"A", b"B", b"a", b"b"]
+    assert harness.dispatcher._stuck_tasks == set()
+    await harness.stop()
+
+
 def test_turns_that_a_cancelled_loop_leaves_behind_are_taken_on_the_next() -> None:
     handled: list[bytes] = []
     harnesses: list[Harness] = []
