@@ -368,11 +368,13 @@ async def test_no_more_coroutines_than_workers_outlive_their_time_limit() -> Non
         consumer.recovery = Recovery(timeout=0.02)
         for payload in payloads:
             harness.submit(consumer, payload=payload)
-    await until(lambda: len(seen) == 3)
-    await asyncio.sleep(0.1)
-    assert sorted(seen) in ([b"A", b"B", b"a"], [b"A", b"B", b"b"])
-    assert harness.counters.totals()["handler_timeouts"] == 1
-    release.set()
+    try:
+        await until(lambda: len(seen) == 3)
+        await asyncio.sleep(0.1)
+        assert sorted(seen) in ([b"A", b"B", b"a"], [b"A", b"B", b"b"])
+        assert harness.counters.totals()["handler_timeouts"] == 1
+    finally:
+        release.set()
     await harness.idle()
     assert sorted(seen) == [b"A", b"B", b"a", b"b"]
     assert harness.dispatcher._stuck_tasks == set()
