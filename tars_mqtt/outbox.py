@@ -83,6 +83,7 @@ class Outbox:
         self._wall_clock = wall_clock
         # Held by whoever uses the connection; a caller that finds it taken leaves its write to be shared.
         self._turn = threading.Lock()
+        self._closed = False
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._writes: deque[_Write] = deque()
@@ -134,11 +135,16 @@ class Outbox:
             self._discarded.append((number,))
 
     def prune(self) -> None:
-        """Delete what was discarded.
+        """Delete what was discarded; nothing once it is closed.
 
         Raises:
             OutboxError: It could not be written; the next call tries again.
         """
+        with self._turn:
+            if not self._closed:
+                self._prune()
+
+    def _prune(self) -> None:
         with self._lock:
             discarded, self._discarded = self._discarded, []
         if not discarded:
@@ -151,7 +157,7 @@ class Outbox:
             raise
 
     def _delete(self, numbers: list[tuple[int]]) -> None:
-        with self._turn, self._reported():
+        with self._reported():
             # A deletion that a power cut undoes costs a repetition, not a message.
             self._connection.execute("PRAGMA synchronous = NORMAL")
             try:
@@ -213,11 +219,15 @@ class Outbox:
 
     def close(self) -> None:
         """Write what waits, delete what was discarded, and let go of the file. Idempotent."""
-        self.commit()
-        with contextlib.suppress(OutboxError):
-            self.prune()
-        with self._turn, contextlib.suppress(sqlite3.Error):
-            self._connection.close()
+        with self._turn:  # all in one: who prunes beside it has had the turn before, or finds it closed
+            if self._closed:
+                return
+            self._commit_gathered()
+            with contextlib.suppress(OutboxError):
+                self._prune()
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._closed = True
 
     def _open(self) -> sqlite3.Connection:
         try:

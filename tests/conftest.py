@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 MARKED_DIRECTORIES = ("integration", "contract", "faults", "scripts")
 ON_CI = os.environ.get("CI", "").lower() not in {"", "0", "false", "no"}
 
-# A deadline would measure the machine, not the code.
-hypothesis.settings.register_profile("tars-mqtt", deadline=None, print_blob=True)
+# A deadline would measure the machine, not the code; and so does the check that examples come fast enough.
+hypothesis.settings.register_profile(
+    "tars-mqtt", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("tars-mqtt")
 
 

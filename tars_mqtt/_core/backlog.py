@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tars_mqtt._core import wire
@@ -119,13 +120,12 @@ class Backlog:
             self.held_bytes += size
         if spool is not None:
             if not wait_stored:
-                spool.store_soon(message, self._stored_late, self._not_stored)
+                spool.store_soon(message, self._stored_late, partial(self._not_stored_late, spool))
                 return
             try:
                 spool.store(message, self._stored)
-            except OutboxError:
-                self._free(1, size)
-                raise
+            except OutboxError as error:
+                raise self._not_stored(spool, size, error) from error
         self._wake()
 
     def admit_lossy(  # noqa: C901, PLR0912 - in one piece, because calls are what costs
@@ -202,9 +202,18 @@ class Backlog:
         self._stored(message)
         self._wake()
 
-    def _not_stored(self, message: Outgoing, error: OutboxError) -> None:
-        self._free(1, message.size)
-        message.receipt._fail(error)
+    def _not_stored(self, spool: Spool, size: int, error: OutboxError) -> Exception:
+        """What to say of a message that was admitted, and could not be written by *spool*."""
+        with self._lock:
+            if self._spool is not spool:  # all that was held is given up already
+                return ClosedError("the client was shut down before the message was on disk")
+            self._make_room(1, size)
+        if self._callbacks:
+            self._call_back(1)
+        return OutboxError(*error.args)
+
+    def _not_stored_late(self, spool: Spool, message: Outgoing, error: OutboxError) -> None:
+        message.receipt._fail(self._not_stored(spool, message.size, error))
 
     def _fits(self, qos: int, size: int) -> bool:
         """Whether there is room for a message. Holds the lock."""
@@ -367,17 +376,21 @@ class Backlog:
 
     def _free(self, count: int, size: int) -> None:
         with self._lock:
-            # With an outbox, who waits for memory and who waits for the disk stand in the same line.
-            full = self._spool is None and self.held >= self._max_queued
-            self.held -= count
-            self.held_bytes -= size
-            if self._waiting:
-                # Each place for one. Where bytes were short, who fits is for all of them to see.
-                self._room.notify(count if full else self._waiting)
-            if self._flushing and not self.held:
-                self._left.notify_all()
+            self._make_room(count, size)
         if self._callbacks:
             self._call_back(count)
+
+    def _make_room(self, count: int, size: int) -> None:
+        """Holds the lock."""
+        # With an outbox, who waits for memory and who waits for the disk stand in the same line.
+        full = self._spool is None and self.held >= self._max_queued
+        self.held -= count
+        self.held_bytes -= size
+        if self._waiting:
+            # Each place for one. Where bytes were short, who fits is for all of them to see.
+            self._room.notify(count if full else self._waiting)
+        if self._flushing and not self.held:
+            self._left.notify_all()
 
     # -- after the network thread -----------------------------------------------------------
 

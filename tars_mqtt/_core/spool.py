@@ -52,6 +52,7 @@ class Spool:
         self._receipts: weakref.WeakValueDictionary[int, PublishReceipt] = weakref.WeakValueDictionary()
         # Guarded by _lock:
         self._lock = threading.Lock()
+        self._closed = False
         self._pruning = False
         self._committing = False
 
@@ -80,8 +81,11 @@ class Spool:
         with self._lock:
             if self._committing:
                 return
-            self._committing = True
-        self._later(0.0, self._commit)
+            if not self._closed:
+                self._committing = True
+                self._later(0.0, self._commit)
+                return
+        self.flush()  # which fails
 
     def _commit(self) -> None:
         with self._lock:
@@ -110,14 +114,20 @@ class Spool:
     def load(self, loaded: Callable[[list[Outgoing]], None]) -> None:
         """Have the next messages read, and *loaded* called with them. Holds the queue's lock."""
         self._loading = True
-        self._later(0.0, lambda: self._load(loaded))
+        self._load_in(0.0, loaded)
+
+    def _load_in(self, delay: float, loaded: Callable[[list[Outgoing]], None]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._later(delay, lambda: self._load(loaded))
 
     def _load(self, loaded: Callable[[list[Outgoing]], None]) -> None:
         try:
             rows = self._outbox.fetch(self._last_in_memory, _MOST_IN_MEMORY // 2)
         except OutboxError as error:
-            logger.error("%s; trying again", error, extra={"client_id": self._client_id})
-            self._later(_RETRY_DELAY, lambda: self._load(loaded))
+            if not self._closed:
+                logger.error("%s; trying again", error, extra={"client_id": self._client_id})
+                self._load_in(_RETRY_DELAY, loaded)
             return
         messages = []
         for row in rows:
@@ -152,10 +162,9 @@ class Spool:
 
     def _prune_in(self, delay: float) -> None:
         with self._lock:
-            if self._pruning:
-                return
-            self._pruning = True
-        self._later(delay, self._prune)
+            if not self._pruning and not self._closed:
+                self._pruning = True
+                self._later(delay, self._prune)
 
     def _prune(self) -> None:
         with self._lock:
@@ -168,7 +177,9 @@ class Spool:
             self._prune_in(_RETRY_DELAY)
 
     def close(self) -> None:
-        """Let go of the file. What was not sent stays in it."""
+        """Let go of the file. What was not sent stays in it; nothing is run later any more."""
+        with self._lock:
+            self._closed = True
         self._outbox.close()
         for receipt in list(self._receipts.values()):
             receipt._fail(left_in_outbox())

@@ -101,7 +101,7 @@ def test_a_handler_that_raises_100_of_1000_times_sees_all_and_acknowledgements_k
         assert client.stats().handler_failures == 100
 
 
-def test_retries_and_dead_letters_hold_up_no_other_lane(make_client, broker: Broker) -> None:
+def test_retries_and_dead_letters_hold_up_no_other_lane(make_client, broker: Broker, monkeypatch) -> None:
     """One subscription fails for ever and retries; the other has its messages while the first one waits."""
     attempts: list[int] = []
     others: list[bytes] = []
@@ -112,10 +112,13 @@ def test_retries_and_dead_letters_hold_up_no_other_lane(make_client, broker: Bro
         raise RuntimeError("never")
 
     client = make_client(broker.url, workers=1)
-    client.subscribe("a", failing, 1, retries=2, retry_delay=0.2, dead_letter="dead/{topic}")
+    client.subscribe("a", failing, 1, retries=2, retry_delay=0.05, dead_letter="dead/{topic}")
     client.subscribe("b", others.append, 1)
     client.subscribe("dead/#", dead.append, 1)
     client.connect()
+    timer = getattr(client, "unwrapped", client)._engine.dispatcher.timer
+    call_later, retries = timer.call_later, []
+    monkeypatch.setattr(timer, "call_later", lambda *call: retries.append(call))  # however long it is
     for number in range(2):
         client.submit_event("a", "n", number, qos=1)
     eventually(lambda: attempts)
@@ -123,6 +126,9 @@ def test_retries_and_dead_letters_hold_up_no_other_lane(make_client, broker: Bro
         client.submit_event("b", "n", number, qos=1)
     eventually(lambda: len(others) == 50)
     assert attempts == [0], "the other lane was done before the first retry"
+    monkeypatch.undo()
+    for call in retries:
+        call_later(*call)
     eventually(lambda: len(dead) == 2)
     assert attempts == [0, 0, 0, 1, 1, 1]
     eventually(lambda: client.stats().dead_letters == 2)

@@ -42,7 +42,7 @@ def test_two_hundred_clients_come_back_spread_over_time(broker: Broker, caplog) 
         )
     finally:
         for client in clients:
-            client._engine.call_off()
+            client._engine.life.call_off()
             client.disconnect()
         for client in clients:
             client.shutdown()

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tars_mqtt._core import crowd, wire
+from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID
-from tars_mqtt.errors import ClosedError, NotConnectedError, PublishRejectedError, QueueFullError
+from tars_mqtt.errors import (
+    ClosedError,
+    NotConnectedError,
+    OutboxError,
+    PublishRejectedError,
+    QueueFullError,
+)
 from tests.support import eventually
 from tests.support.way_out import Harness, outgoing
 
@@ -303,6 +311,58 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
     assert called == ["impatient"]
     harness.backlog.never_mind(impatient)
     assert called == ["impatient", "patient"]
+
+
+# -- with an outbox ---------------------------------------------------------------------------
+
+
+class SpoolOfTheLastMoment:
+    """The client is shut down while it writes: it fails, or the message stays in the file."""
+
+    on_disk_only = bytes_found = 0
+
+    def __init__(self, backlog: Backlog, fails: bool) -> None:
+        self._backlog = backlog
+        self._fails = fails
+
+    def store(self, message: Outgoing, stored: Callable[[Outgoing], None]) -> None:
+        self._backlog.abandon(())
+        if self._fails:
+            raise OutboxError("it is closed")
+        stored(message)
+
+    def store_soon(
+        self,
+        message: Outgoing,
+        stored: Callable[[Outgoing], None],
+        failed: Callable[[Outgoing, OutboxError], None],
+    ) -> None:
+        self._backlog.abandon(())
+        if self._fails:
+            failed(message, OutboxError("it is closed"))
+        else:
+            stored(message)
+
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_message_that_is_admitted_when_the_client_is_shut_down_is_not_counted_in_the_next_life(
+    waits: bool, fails: bool
+) -> None:
+    harness = Harness()
+    harness.backlog.attach(SpoolOfTheLastMoment(harness.backlog, fails), 10, 1000)  # type: ignore[arg-type]
+    message = outgoing()
+
+    def publish() -> None:
+        harness.backlog.admit(message, 0, wait_stored=waits)
+        message.receipt.result(0)
+
+    with pytest.raises(ClosedError, match="before the message was on disk" if fails else "in the outbox"):
+        publish()
+    assert harness.held() == (0, 0)
 
 
 # -- large messages of QoS 0 --------------------------------------------------------------

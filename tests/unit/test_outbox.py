@@ -187,6 +187,31 @@ def test_what_could_not_be_deleted_is_deleted_the_next_time(outbox: Outbox) -> N
     assert outbox.totals() == (0, 0)
 
 
+class ClosesFirst:
+    """The turn of an outbox that somebody else closes right before the next one has it."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._turn = outbox._turn
+
+    def __enter__(self) -> None:
+        self._outbox._turn = self._turn
+        self._outbox.close()
+        self._turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.release()
+
+
+def test_what_is_closed_while_another_thread_is_about_to_prune_is_pruned(outbox: Outbox, path: Path) -> None:
+    outbox.discard(store(outbox))
+    outbox._turn = ClosesFirst(outbox)  # type: ignore[assignment]
+    outbox.prune()
+    reopened = Outbox(path)
+    assert reopened.totals() == (0, 0)
+    reopened.close()
+
+
 def test_keys_are_remembered_for_their_time(path: Path) -> None:
     now = 1000.0
     outbox = Outbox(path, wall_clock=lambda: now)
