@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from tars_mqtt.errors import (
     TopicError,
 )
 from tars_mqtt.message import Message, PublishReceipt
-from tars_mqtt.topics import check_topic
+from tars_mqtt.topics import check_topic, matches
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -65,6 +66,9 @@ def dead_letter_topic(template: str, topic: str) -> str:
     """
     if not isinstance(template, str):
         raise TopicError(f"dead_letter must be a topic such as 'dead/{{topic}}', not {template!r}")
+    unknown = set(re.findall(r"\{\w*\}", template)) - {"{topic}"}
+    if unknown:
+        raise TopicError(f"dead_letter knows {{topic}} only, not {min(unknown)} (got {template!r})")
     return check_topic(template.replace("{topic}", topic))
 
 
@@ -161,6 +165,8 @@ class DeadLetters:
     def _publish(self, delivery: Delivery, over: Callable[[], None]) -> None:
         message = delivery.message
         topic = dead_letter_topic(self._template, message.topic)
+        if _is_dead_letter(message) and matches(self._filter, topic):
+            raise TopicError("it is one itself, and its own would come to the same handler, without end")
         receipt = self._outlet.submit_event(
             topic, DEAD_LETTER_TYPE, self._data(delivery), _correlation_id(message), 1, False, 0.0
         )
@@ -213,6 +219,13 @@ class DeadLetters:
             "failed_first": delivery.failed_first,
             "failed_last": time.time(),
         }
+
+
+def _is_dead_letter(message: Message) -> bool:
+    try:
+        return message.envelope.type == DEAD_LETTER_TYPE
+    except DecodeError:
+        return False
 
 
 def _correlation_id(message: Message) -> str | None:

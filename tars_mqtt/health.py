@@ -38,8 +38,9 @@ class Health:
         self._heartbeat_topic = heartbeat_topic(config.source_name)
         self._warned = False
         self._state: HealthPayload | None = None
-        self._own: PublishReceipt | None = None
-        """Of the last state that the service gave itself."""
+        """What was said last."""
+        self._own: HealthPayload | None = None
+        """What the service itself said last."""
         # Owned by the network thread:
         self._next_heartbeat = float("inf")
         self._repeat_at = float("inf")
@@ -57,10 +58,11 @@ class Health:
         """Publish that the service is up."""
         now = time.monotonic()
         if self._config.enable_health:
-            own = self._state if self._own is not None and not self._own.done() else None
+            complaint = self._complaint()
+            if complaint is not None:
+                self._publish(complaint)  # each goes ahead of all that waits, so this one second
             self._publish(HealthPayload(ok=True, event="ready" if first else "reconnected"))
-            if own is not None:
-                self._state = own  # it waits in the queue, and so has the last word
+            self._state = complaint or self._state
             # By then the broker has given up any older connection of ours, whose will says we are dead.
             self._repeat_at = float("inf") if first else now + 1.5 * self._config.keepalive
         if self._config.enable_heartbeat:
@@ -87,32 +89,52 @@ class Health:
     # -- any thread -------------------------------------------------------------------------
 
     def publish(
-        self, ok: bool, event: str | None, error: str | None, timeout: float, quiet: bool = False
+        self, ok: bool, event: str | None, error: str | None, timeout: float
     ) -> PublishReceipt | None:
         """Publish the state that the service gives itself; None without ``enable_health``.
 
         Args:
             timeout: Seconds to wait for room in the queue.
-            quiet: Do not warn when health is off: nobody asked for this.
         """
         if not self._config.enable_health:
-            if not self._warned and not quiet:
+            if not self._warned:
                 self._warned = True
                 logger.warning(
                     "publish_health does nothing: enable_health is off",
                     extra={"client_id": self._config.client_id},
                 )
             return None
-        self._own = self._publish(HealthPayload(ok=ok, event=event, error=error), timeout=timeout)
-        return self._own
+        self._own = state = HealthPayload(ok=ok, event=event, error=error)
+        return self._publish(state, timeout)
+
+    def handler_stuck(self, topic: str) -> None:
+        """Publish that a handler does not return; not where there is no room."""
+        error = f"the handler of {topic} does not return"
+        self._publish_if_room(HealthPayload(ok=False, event="handler_timeout", error=error))
+
+    def handlers_returned(self) -> None:
+        """Publish that the last such handler has returned; not where there is no room."""
+        self._publish_if_room(self._complaint() or HealthPayload(ok=True, event="handler_returned"))
 
     def goodbye(self, event: str) -> PublishReceipt | None:
         """Publish that the service leaves on purpose."""
         if not self._config.enable_health:
             return None
+        if event == "shutdown":
+            self._own = None
         return self._publish(HealthPayload(ok=False, event=event))
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _complaint(self) -> HealthPayload | None:
+        """What the service itself says is wrong, if anything is: our own findings do not stand over that."""
+        own = self._own
+        return None if own is None or own.ok else own.at(time.time())
+
+    def _publish_if_room(self, state: HealthPayload) -> None:
+        if self._config.enable_health:
+            with contextlib.suppress(TarsMQTTError):
+                self._publish(state, timeout=0.0)
 
     def _publish(self, state: HealthPayload, timeout: float | None = None) -> PublishReceipt:
         """Queue a state; without a timeout ahead of everything else, room or not."""

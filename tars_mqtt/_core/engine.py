@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import weakref
@@ -34,7 +33,6 @@ from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
 from tars_mqtt.dedup import DurableDeduplicator, MessageDeduplicator
 from tars_mqtt.envelope import encode_event
-from tars_mqtt.errors import TarsMQTTError
 from tars_mqtt.health import Health
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.topics import check_filter, topic_bytes
@@ -264,12 +262,10 @@ class Engine:
 
     def _on_stuck_handler(self, topic: str | None) -> None:
         """Tell the world that a handler does not return, or that the last such one has."""
-        with contextlib.suppress(TarsMQTTError):
-            if topic is None:
-                self.health.publish(True, "handler_returned", None, 0.0, quiet=True)
-            else:
-                error = f"the handler of {topic} does not return"
-                self.health.publish(False, "handler_timeout", error, 0.0, quiet=True)
+        if topic is None:
+            self.health.handlers_returned()
+        else:
+            self.health.handler_stuck(topic)
 
     def subscribe(self, registration: Registration) -> Future[None]:
         """Ask the broker; the future is done at once when there is no connection to ask on."""

@@ -39,6 +39,7 @@ class Inbound:
         self._max_payload_bytes = max_payload_bytes
         self._surely_small = min(max_payload_bytes, wire.MAX_PROPERTIES_BYTES)
         self._too_large = Throttle()
+        self._unhandled = Throttle()
         self._client_id = client_id
         self._registry = registry
         self._dispatcher = dispatcher
@@ -271,7 +272,16 @@ class Inbound:
 
     def _no_handler(self, message: Message) -> None:
         self._counters.drop("no_handler")
-        logger.debug("nobody handles %r", message.topic, extra=self._extra(message))
+        if not message.qos:
+            logger.debug("nobody handles %r", message.topic, extra=self._extra(message))
+        elif count := self._unhandled.admit():
+            logger.warning(
+                "acknowledged %d messages of QoS 1 or 2 that nobody handles, the last of them on %r: "
+                "subscribe before connect(), or unsubscribe from what an earlier process had subscribed to",
+                count,
+                message.topic,
+                extra=self._extra(message),
+            )
 
     def _extra(self, message: Message) -> dict[str, object]:
         return {"client_id": self._client_id, "topic": printable(message.topic), "qos": message.qos}

@@ -423,6 +423,7 @@ class Session:
         if now >= self._homeless_until:
             self._homeless_until = float("inf")
             self.inbound.settle_homeless()
+            return 0.0  # the acknowledgements come first: the broker may wait for them
         suspicious = self._outbound.suspicion.look_again_at
         if suspicious <= now:
             suspicious = now + _AGAIN  # there is no room to go on with it

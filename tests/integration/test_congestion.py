@@ -122,3 +122,25 @@ def test_a_goodbye_to_a_frozen_broker_waits_asleep(make_client, generous, monkey
     getattr(client, "unwrapped", client)._engine._session.transport.wake()
     leaving.join(30)
     assert looks < 200
+
+
+def test_what_an_earlier_process_subscribed_to_does_not_fill_the_window_for_good(
+    make_client, broker: Broker
+) -> None:
+    """Nobody takes it any more: it is acknowledged at once when that is known, not when something else is due."""
+    settings = {"client_id": "heir", "session_expiry": 60, "keepalive": 600, "max_pending": 5}
+    earlier = make_client(broker.url, **settings)
+    earlier.subscribe("old", lambda payload: None, 1)
+    earlier.connect()
+    earlier.disconnect()
+    received: list[bytes] = []
+    heir = make_client(broker.url, **settings)
+    heir.subscribe("new", received.append, 1)
+    heir.connect()
+    boss = make_client(broker.url)
+    boss.connect()
+    for number in range(20):
+        boss.publish("old", b"%d" % number, qos=1)
+    boss.publish("new", b"new", qos=1)
+    eventually(lambda: received == [b"new"])
+    assert heir.stats().dropped["no_handler"] == 20

@@ -153,6 +153,31 @@ def test_a_state_published_during_an_outage_arrives_after_it_and_stays(make_clie
     assert retained_state(broker)["event"] == "degraded"
 
 
+def test_what_the_service_says_is_wrong_is_wrong_after_a_reconnect_too(make_client, broker, observer):
+    """Until it says otherwise."""
+    degraded = (False, "degraded")
+    with FaultProxy(broker.url) as proxy:
+        client = make_client(proxy.url, "sensor", enable_health=True, keepalive=1)
+        client.subscribe("a", lambda payload: None, 1)
+        client.connect()
+        client.publish_health(False, "degraded", "the disk is full")
+        proxy.cut()
+        eventually(lambda: last_event(observer) == degraded and RECONNECTED in events(observer))
+        time.sleep(1.8)  # past the repetition after 1.5 keepalives
+        assert [event for event in events(observer) if event != CONNECTION_LOST][:4] == [
+            READY,
+            degraded,
+            RECONNECTED,
+            degraded,
+        ]
+        assert last_event(observer) == degraded
+        assert retained_state(broker)["error"] == "the disk is full"
+        client.publish_health(True, "mended")
+        proxy.cut()
+        eventually(lambda: last_event(observer) == RECONNECTED)
+        client.shutdown()
+
+
 def test_a_disconnect_on_purpose_is_published_too(make_client, broker):
     """Left alone, the retained state would go on saying that the service is up."""
     client = make_client(broker.url, "sensor", enable_health=True)

@@ -81,6 +81,26 @@ def test_what_no_attempt_could_handle_becomes_a_dead_letter(make_client, broker:
     eventually(lambda: client.stats().dead_letters == 1)
 
 
+def test_a_dead_letter_that_comes_to_the_handler_it_is_of_is_the_last(
+    make_client, broker: Broker, caplog
+) -> None:
+    """Otherwise each would hold the one before, for ever."""
+    calls: list[str] = []
+
+    def failing(envelope: Envelope) -> None:
+        calls.append(envelope.type)
+        raise RuntimeError("never")
+
+    client = make_client(broker.url)
+    client.subscribe("a/#", failing, 1, dead_letter="a/dead/{topic}")
+    client.connect()
+    client.publish_event("a/b", "n", 1, qos=1)
+    eventually(lambda: client.stats().dropped.get("dead_letter") == 1)
+    eventually(lambda: client.stats().pending == 0)
+    assert calls == ["n", "dead_letter"]
+    assert "it is one itself" in caplog.text
+
+
 def test_what_cannot_be_decoded_is_not_tried_again(make_client, broker: Broker) -> None:
     dead = []
     client = make_client(broker.url)
@@ -173,6 +193,7 @@ def test_stuck_handlers_do_not_use_up_the_workers(make_client, broker: Broker) -
         ({"retry_delay": None}, ValueError),
         ({"dead_letter": "dead/#"}, TopicError),
         ({"dead_letter": 5}, TopicError),
+        ({"dead_letter": "dead/{id}"}, TopicError),
         ({"handler_timeout": -1}, ValueError),
         ({"concurrency": 0}, ValueError),
         ({"order_by": "key"}, ValueError),

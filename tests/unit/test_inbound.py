@@ -499,7 +499,7 @@ def test_what_waited_comes_before_what_follows() -> None:
     assert harness.delivered() == [("a", b"waited"), ("a", b"followed")]
 
 
-def test_what_nobody_comes_for_is_acknowledged_in_the_end() -> None:
+def test_what_nobody_comes_for_is_acknowledged_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
     harness = strange_session()
     harness.enter("a", qos=1, packet_id=1)
     harness.enter("b", qos=2, packet_id=2)
@@ -507,6 +507,8 @@ def test_what_nobody_comes_for_is_acknowledged_in_the_end() -> None:
     harness.inbound.settle_homeless()
     assert acknowledged(harness) == [mqtt.puback(1), mqtt.pubrec(2)]
     assert harness.counters.dropped() == {"no_handler": 2}
+    (warning,) = caplog.records
+    assert "subscribe before connect()" in warning.getMessage()
     harness.enter("a", qos=1, packet_id=3)
     assert acknowledged(harness) == [mqtt.puback(3)], "from now on nobody is waited for"
 
