@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 import attrs
+from paho.mqtt.client import topic_matches_sub
 
 from tars_mqtt import Message, MQTTClient, QueueFullError, aio
 
@@ -175,7 +176,9 @@ class FilteringClient:
         async def dispatch() -> None:
             async with underlying.messages() as messages:
                 async for message in messages:
-                    if wanted(message):
+                    if topic_matches_sub(topic, message.topic) and wanted(
+                        message
+                    ):  # not what others asked for
                         await handler(message.payload)
 
         self._filtering.add(asyncio.create_task(dispatch()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import eventually
 from tests.support.example import package_directory
 from tests.support.observer import Observer
 
@@ -106,3 +107,24 @@ def test_what_a_full_queue_refuses_stays_in_its_batch(wrapper, broker, observer,
     asyncio.run(publish_against_a_full_queue())
     (batch,) = observer.wait_for("a/batch")
     assert batch.data["items"] == [1, 2, 3]
+
+
+def test_each_filter_has_its_own_messages(wrapper, broker, observer):
+    heard: list[tuple[str, bytes]] = []
+
+    async def subscribe_twice() -> None:
+        filtering = wrapper.FilteringClient(broker.url, "filter")
+        await filtering.connect()
+        for name in ("a", "b"):
+
+            async def handle(payload: bytes, name: str = name) -> None:
+                heard.append((name, payload))
+
+            await filtering.subscribe_with_filter(f"{name}/+", lambda message: True, handle)
+        observer.publish("a/1", b"of a")
+        observer.publish("b/1", b"of b")
+        await asyncio.to_thread(eventually, lambda: len(heard) >= 2)
+        await filtering.shutdown()
+
+    asyncio.run(subscribe_twice())
+    assert sorted(heard) == [("a", b"of a"), ("b", b"of b")]
