@@ -144,10 +144,14 @@ class MQTTClient:
         if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
             self.shutdown()
 
-    def run(self) -> None:
+    def run(self, timeout: Timeout = DEFAULT) -> None:
         """Connect if needed, serve until SIGINT or SIGTERM, then shut down.
 
         On a thread other than the main one, where Python delivers no signals, until `shutdown`.
+
+        Args:
+            timeout: Seconds for the first connection, as in `connect`, whose errors it raises; ``None`` waits
+                for a broker that is not there yet.
         """
         # Not an Event: the signal may come while this very thread holds the lock inside.
         stop: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -159,7 +163,7 @@ class MQTTClient:
 
         with _on_signals(end):
             try:
-                self.connect()
+                self.connect(timeout)
                 while True:
                     # On Windows an untimed wait cannot be interrupted by a signal.
                     with contextlib.suppress(queue.Empty):

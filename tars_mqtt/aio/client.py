@@ -176,8 +176,11 @@ class MQTTClient:
         if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
             await self.shutdown()
 
-    async def run(self) -> None:
-        """Connect if needed, serve until SIGINT or SIGTERM, or until `shutdown`; then shut down."""
+    async def run(self, timeout: Timeout = DEFAULT) -> None:
+        """Connect if needed, serve until SIGINT or SIGTERM, or until `shutdown`; then shut down.
+
+        The timeout is that of `connect`; ``None`` waits for a broker that is not there yet.
+        """
         loop = self._on_loop()
         self._stop = stop = asyncio.Event()
         installed = []
@@ -192,7 +195,7 @@ class MQTTClient:
                 loop.add_signal_handler(number, end)
                 installed.append(number)
         try:
-            await self.connect()
+            await self.connect(timeout)
             await stop.wait()
         except ClosedError:
             if not stop.is_set():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -109,6 +110,21 @@ def test_a_signal_ends_run_while_the_broker_cannot_be_reached(colour):
         program.signal(signal.SIGTERM)
         assert program.wait(10) == 0
         assert "state closed" in program.output
+
+
+def test_run_waits_for_a_broker_that_is_not_there_yet(colour, broker):
+    """For longer than a connection may take, if it is told to."""
+    code = (
+        RUN[colour].replace("connect_timeout=60", "connect_timeout=1").replace("run()", "run(timeout=None)")
+    )
+    broker.terminate()
+    with Program(code, broker.url) as program:
+        program.wait_for("next attempt in")
+        time.sleep(1.5)
+        broker.start()
+        eventually(lambda: "system/health/service" in broker.log)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
 
 
 def test_a_signal_ends_run_during_an_outage(colour, broker):
