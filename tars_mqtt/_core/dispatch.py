@@ -346,7 +346,7 @@ class Dispatcher:
             consumer.burst *= 2
         if self._watchers:
             self._changed.notify_all()
-        if consumer.offered < takes and not consumer.closed:
+        if consumer.limit and consumer.offered < takes and not consumer.closed:
             consumer.offered += 1
             return True
         consumer.tokens -= 1

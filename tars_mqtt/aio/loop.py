@@ -91,9 +91,9 @@ class Bridge:
 
     def _run(self) -> None:
         self._scheduled = False
-        calls = self._lasting or self._calls
-        for _ in range(min(len(calls), _MOST_CALLS)):
-            calls.popleft()()
+        for calls in (self._lasting, self._calls):
+            for _ in range(min(len(calls), _MOST_CALLS)):
+                calls.popleft()()
         if (self._calls or self._lasting) and not self._scheduled and self.loop is not None:
             self._schedule(self.loop)
 

@@ -304,3 +304,22 @@ def test_an_iterator_is_woken_for_its_own_deliveries_alone() -> None:
         reading.join(30)
         assert taken[0].delivery.message.payload == b"mine"
         pool.finished(taken[0])
+
+
+def test_a_shutdown_waits_for_handlers_though_the_reader_of_an_iterator_asks_for_it() -> None:
+    """What an iterator has handed out is not waited for; that is what it has handed out, and no more."""
+    handling = Handling()
+    handling.hold("work")
+    with a_pool(workers=1) as pool:
+        read = consumer(pool, handling, limit=0)
+        pool.submit({read: deliveries(*map(str, range(10)))})
+        for _ in range(10):
+            taken = pool.next(read, 30)
+            assert taken is not None
+            pool.finished(taken)
+        pool.submit({consumer(pool, handling): deliveries("work")})
+        eventually(lambda: handling.inside == ["work"])
+        assert not pool.wait_idle(0.05, 0, threading.current_thread())
+        handling.release()
+        assert pool.wait_idle(30, 0, threading.current_thread())
+        assert read.tokens == 0

@@ -338,6 +338,25 @@ async def test_an_internal_error_costs_one_attempt_and_no_order(
     await harness.stop()
 
 
+async def test_calls_come_in_their_turn_however_busy_the_handlers_are() -> None:
+    """Of an acknowledgement, for instance, while each round of the loop has a turn to see to."""
+    bridge = Bridge()
+    bridge.bind(asyncio.get_running_loop())
+    rounds = 0
+    called: list[int] = []
+
+    def see_to_a_turn() -> None:
+        nonlocal rounds
+        rounds += 1
+        if not called and rounds < 100:
+            bridge.post(see_to_a_turn, lasting=True)
+
+    see_to_a_turn()
+    bridge.post(lambda: called.append(rounds))
+    await until(lambda: called)
+    assert called[0] <= 2
+
+
 async def test_a_loop_that_was_held_up_does_not_count_one_time_limit_twice() -> None:
     harness = Harness()
     consumer = harness.consumer(lambda payload: asyncio.sleep(10))
