@@ -125,7 +125,7 @@ class MQTTClient:
         """
         self._stop.put(None)
         limit = seconds(timeout, self.config.shutdown_timeout)
-        self._engine.life.shutdown(threading.TIMEOUT_MAX if limit is None else limit)
+        self._engine.life.shutdown(limit)
 
     def __enter__(self) -> Self:
         try:

@@ -11,11 +11,14 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Protocol
 
+import attrs
+
 from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.session import Session
 from tars_mqtt._core.state import ConnectionState, StateCell
+from tars_mqtt._core.timeout import FOREVER
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import (
     ClosedError,
@@ -28,6 +31,8 @@ from tars_mqtt.message import PublishReceipt
 
 logger = logging.getLogger("tars_mqtt.session")
 
+TRYING = (ConnectionState.CONNECTING, ConnectionState.RECONNECTING)
+
 _GOODBYE_SHARE = 0.1
 """Of the time for a shutdown: kept for the goodbye, whatever came before took."""
 
@@ -37,6 +42,16 @@ class Farewell(Protocol):
 
     def goodbye(self, event: str) -> PublishReceipt | None:
         """Publish that the service goes; None where nobody is to be told."""
+
+
+@attrs.frozen(eq=False)
+class Attempt:
+    """What a `connect` waits for."""
+
+    first: Future[None]
+    """Whether the first connection came about."""
+    starts: bool
+    """Whether that is still to come; otherwise the next connection is, if there is none now."""
 
 
 class Life:
@@ -72,6 +87,8 @@ class Life:
         self.forked = False
         """Whether this is the child of a fork, and the client its parent's."""
         self._called_off = False
+        self._shutdowns = 0  # that have begun
+        self._attempts: set[Attempt] = set()  # that are waited for; each step on it is atomic
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
@@ -86,56 +103,117 @@ class Life:
 
     def connect(self, timeout: float | None) -> None:
         """Start if needed and wait until the connection is up and the subscriptions acknowledged."""
-        self.check()
-        deadline = time.monotonic() + (threading.TIMEOUT_MAX / 2 if timeout is None else timeout)
-        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise ConnectError("the client is still busy leaving the broker; call connect() again")
+        timeout = FOREVER if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        attempt = self.begin(timeout)
         try:
-            if self._shutting_down.locked():
-                raise ClosedError("the client is being shut down: call connect() when that is over")
-            # Asked before the thread starts: its first connection may come and go before this one looks.
-            began = not self._session.running or self._first is None or not self._first.done()
-            if not self._session.running:
-                self._prepare()
-                self._state.set(ConnectionState.CONNECTING)
-                self._dispatcher.start()
-                self._backlog.open()
-                self._session.inbound.open()
-                self._first = self._session.start()
-            first = self._first
-        finally:
-            self._lock.release()
-        assert first is not None
-        if self._called_off and not first.done():
-            self._session.interrupt()  # a signal came before there was anything to interrupt
-        try:
-            first.result(timeout)
-            if not began:  # the first connection was there, even if it is gone by now
+            attempt.first.result(_until(deadline))
+            if not attempt.starts:  # the first connection was there, even if it is gone by now
                 self._await_connection(deadline)
         except FutureTimeoutError:
-            reason = self._session.last_error
-            if began:
-                self.stop_network(0.0, first)
-            raise ConnectError(
-                f"no connection to {self._config.urls[0]} within {timeout:g} s"
-                + (f": {reason}" if reason else "")
-                + "; check mqtt_url, and whether a broker runs there"
-                + ("" if began else ". The client keeps trying")
-            ) from None
-        except SubscribeError as error:
+            raise self.timed_out(attempt, timeout) from None
+        except SubscribeError as error:  # the client is connected
             raise SubscribeError(str(error), error.refused) from error
         except TarsMQTTError:
-            self.stop_network(0.0, first)
+            self.failed(attempt)
             raise
+        finally:
+            self.over(attempt)
 
     def _await_connection(self, deadline: float) -> None:
         """Wait for the connection of a client that had one already, and is about to get the next."""
-        trying = (ConnectionState.CONNECTING, ConnectionState.RECONNECTING)
-        left = max(0.0, deadline - time.monotonic())
-        if not self._state.wait(lambda state: state not in trying, min(left, threading.TIMEOUT_MAX)):
+        if not self._state.wait(lambda state: state not in TRYING, _until(deadline)):
             raise FutureTimeoutError
+        self.check_connected()
+
+    def check_connected(self) -> None:
+        """Refuse to take for a connection what is none any more."""
         if self._state.value is not ConnectionState.CONNECTED:
             raise ClosedError("the client left the broker while it connected")
+
+    # The parts of `connect`, for callers that wait in another way: `begin`, and `over` in the end.
+
+    def begin(self, timeout: float | None) -> Attempt:
+        """Start if needed; what is to be waited for then is in the attempt.
+
+        Args:
+            timeout: Seconds to wait for others that start or stop.
+        """
+        self.check()
+        deadline = time.monotonic() + (FOREVER if timeout is None else timeout)
+        if not self._lock.acquire(timeout=_until(deadline)):
+            raise _still_leaving()
+        try:
+            if self._shutting_down.locked():
+                raise ClosedError("the client is being shut down: call connect() when that is over")
+            shutdowns = self._shutdowns
+            if self._session.leaving and not self._session.leave(_until(deadline)):
+                raise _still_leaving()
+            # Asked before the thread starts: its first connection may come and go before this one looks.
+            starts = not self._session.running or self._first is None or not self._first.done()
+            if not self._session.running:
+                self._start()
+            assert self._first is not None
+            attempt = Attempt(self._first, starts)
+            self._attempts.add(attempt)
+            overtaken = shutdowns != self._shutdowns
+        finally:
+            self._lock.release()
+        if overtaken:
+            # By a shutdown that had no time to wait for the lock: it has not seen what was started here.
+            with self._shutting_down:
+                own = self._dispatcher.own_work()
+                reader = threading.current_thread()
+                self._shutdown(time.monotonic() + self._config.shutdown_timeout, 0.0, own, reader)
+            self.over(attempt)
+            raise ClosedError("the client was shut down while it connected")
+        if self._called_off and not attempt.first.done():
+            self._session.interrupt()  # a signal came before there was anything to interrupt
+        return attempt
+
+    def _start(self) -> None:
+        """Holds the lock."""
+        self._prepare()
+        try:
+            self._state.set(ConnectionState.CONNECTING)
+            self._dispatcher.start()
+            self._backlog.open()
+            self._session.inbound.open()
+            self._first = self._session.start()
+        except (OSError, RuntimeError) as error:  # no more open files, or no more threads
+            self._backlog.refuse(_not_started())
+            self._state.set(ConnectionState.DISCONNECTED)
+            raise ConnectError(f"the client cannot start: {error}; check what the process may use") from error
+
+    def timed_out(self, attempt: Attempt, timeout: float) -> ConnectError:
+        """The caller has waited long enough: what to tell him. The last one for whom a client starts stops it."""
+        reason = self._session.last_error
+        stopped = self.give_up(attempt)
+        return ConnectError(
+            f"no connection to {self._config.urls[0]} within {timeout:g} s"
+            + (f": {reason}" if reason else "")
+            + "; check mqtt_url, and whether a broker runs there"
+            + ("" if stopped else ". The client keeps trying")
+        )
+
+    def failed(self, attempt: Attempt) -> None:
+        """There will be no connection: leave nothing running."""
+        self.stop_network(0.0, attempt.first)
+
+    def give_up(self, attempt: Attempt) -> bool:
+        """The caller waits no longer. Stops what only he has waited for; True if nothing runs then."""
+        self.over(attempt)
+        if not attempt.starts:
+            return False
+        with self._lock:
+            if any(other.first is attempt.first for other in tuple(self._attempts)):
+                return False
+            self._stop_network(0.0, attempt.first)
+            return True
+
+    def over(self, attempt: Attempt) -> None:
+        """Nobody waits for it any more."""
+        self._attempts.discard(attempt)
 
     def call_off(self) -> None:
         """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
@@ -150,14 +228,18 @@ class Life:
             first: Only the one that promised this; another may have been started since.
         """
         with self._lock:  # no `connect` between the end and what is said of it
-            if first is not None and first is not self._first:
-                return True
-            if not self._closing:
-                self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
-            ended = self._session.leave(timeout)
-            if not self._closing:
-                self._state.set(ConnectionState.DISCONNECTED)
-            return ended
+            return self._stop_network(timeout, first)
+
+    def _stop_network(self, timeout: float, first: Future[None] | None) -> bool:
+        """Holds the lock."""
+        if first is not None and first is not self._first:
+            return True
+        if not self._closing:
+            self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
+        ended = self._session.leave(timeout)
+        if not self._closing:
+            self._state.set(ConnectionState.DISCONNECTED)
+        return ended
 
     @property
     def _closing(self) -> bool:
@@ -179,7 +261,7 @@ class Life:
                 with contextlib.suppress(TarsMQTTError):
                     receipt.result(max(0.0, deadline - time.monotonic()))
 
-    def shutdown(self, timeout: float, own: int | None = None, reader: object = None) -> None:
+    def shutdown(self, timeout: float | None, own: int | None = None, reader: object = None) -> None:
         """Finish the work, flush, say goodbye, join every thread.
 
         Args:
@@ -187,6 +269,7 @@ class Life:
             reader: See `Dispatcher.wait_idle`; this thread unless given.
         """
         self.check()
+        timeout = FOREVER if timeout is None else timeout
         own = self._dispatcher.own_work() if own is None else own
         if own and self._shutting_down.locked():
             return  # whoever shuts down waits for this very handler
@@ -205,7 +288,8 @@ class Life:
             return max(0.0, deadline - kept - time.monotonic())
 
         extra = {"client_id": self._config.client_id}
-        # A `connect` that is about to begin has begun by then, or is refused.
+        # A `connect` that is about to begin has begun by then, is refused, or finds that it was overtaken.
+        self._shutdowns += 1
         begun = self._lock.acquire(timeout=left())
         self._state.set(ConnectionState.CLOSING)
         if begun:
@@ -227,6 +311,14 @@ class Life:
         self._retire()
         self._state.set(ConnectionState.CLOSED)
         logger.info("shut down", extra=extra)
+
+
+def _until(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
+def _still_leaving() -> ConnectError:
+    return ConnectError("the client is still busy leaving the broker; call connect() again")
 
 
 def _not_started() -> NotConnectedError:

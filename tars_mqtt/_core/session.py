@@ -131,7 +131,12 @@ class Session:
         self._thread = threading.Thread(
             target=self._run, name=f"tars-mqtt/{self._config.client_id}/network", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._thread = None
+            self.transport.close()
+            raise
         return first
 
     def interrupt(self) -> None:
@@ -146,6 +151,8 @@ class Session:
             return True
         self._leave_by = time.monotonic() + timeout
         self.transport.wake()
+        if thread.ident is None:
+            return False  # about to start, and to end at once
         # The goodbye keeps to the deadline; the thread needs a moment more to end.
         thread.join(timeout + 0.5)
         if thread.is_alive():
@@ -156,7 +163,13 @@ class Session:
     @property
     def running(self) -> bool:
         """Whether there is a network thread."""
-        return self._thread is not None
+        thread = self._thread
+        return thread is not None and (thread.ident is None or thread.is_alive())
+
+    @property
+    def leaving(self) -> bool:
+        """Whether there is one that is about to end."""
+        return self.running and self._leave_by is not None
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -262,11 +275,11 @@ class Session:
 
     def _wait(self, delay: float) -> None:
         until = time.monotonic() + delay
-        while self._leave_by is None:
-            self.transport.acknowledge_wake()
+        while True:
+            self.transport.acknowledge_wake()  # before all looks, or the wake between would be slept through
             self._run_commands()
             now = time.monotonic()
-            if now >= until:
+            if now >= until or self._leave_by is not None:
                 return
             self.transport.sleep(until - now)
 

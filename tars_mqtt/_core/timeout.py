@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 from typing import Final
 
 
@@ -20,6 +19,9 @@ DEFAULT: Final = Default.DEFAULT
 
 Timeout = float | None | Default
 
+FOREVER: Final = 1e6
+"""Seconds. Conditions and joins overflow on infinity, on some systems on some thousand hours."""
+
 
 def seconds(timeout: Timeout, setting: float) -> float | None:
     """Return seconds, or None for ever.
@@ -35,5 +37,4 @@ def seconds(timeout: Timeout, setting: float) -> float | None:
         raise ValueError(
             f"timeout must be a number of seconds, at least 0, or None for ever, not {timeout!r}"
         )
-    # Conditions overflow on infinity and on some thousand years.
-    return None if math.isinf(timeout) or timeout > 1e6 else float(timeout)
+    return None if timeout > FOREVER else float(timeout)

@@ -125,8 +125,13 @@ class Transport:
     def start(self) -> None:
         """Get ready for the network thread, before it starts."""
         if self.closed:
-            self._selector = selectors.DefaultSelector()
             self._waker, self._alarm = socket.socketpair()
+            try:
+                self._selector = selectors.DefaultSelector()
+            except OSError:
+                self._waker.close()
+                self._alarm.close()
+                raise
             self._waker.setblocking(False)
             self._alarm.setblocking(False)
             self._selector.register(self._waker, selectors.EVENT_READ)

@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar, Unpack
 from tars_mqtt._core.crowd import PACE_TIME
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
+from tars_mqtt._core.life import TRYING, Attempt
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import ConnectionState
@@ -28,7 +29,7 @@ from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher, handler_ta
 from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError
+from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError
 from tars_mqtt.message import PublishReceipt as CoreReceipt
 from tars_mqtt.topics import check_filter
 
@@ -100,6 +101,7 @@ class MQTTClient:
                 )
             self._bridge.bind(loop)
             self._dispatcher.bound()
+            self._stop = None  # of the loop before
         return loop
 
     async def _blocking(self, call: Callable[..., T], *args: Any) -> T:
@@ -117,15 +119,51 @@ class MQTTClient:
         Cancelled, it leaves nothing behind.
         """
         limit = seconds(timeout, self.config.connect_timeout)
-        self._on_loop()
+        loop, life = self._on_loop(), self._engine.life
+        deadline = None if limit is None else loop.time() + limit
+        attempts: list[Attempt] = []
         try:
-            await self._blocking(self._engine.life.connect, limit)
+            await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit))))
+            await self._connected(attempts[0], deadline)
+        except TimeoutError:
+            raise await self._blocking(life.timed_out, attempts[0], limit) from None
+        except SubscribeError as error:  # the client is connected
+            raise SubscribeError(str(error), error.refused) from error
+        except TarsMQTTError:
+            if attempts:
+                await _to_the_end(self._blocking(life.failed, attempts[0]))
+            raise
         except asyncio.CancelledError:
-            await _to_the_end(self._blocking(self._engine.life.stop_network, 0.0))
+            if attempts:
+                await _to_the_end(self._blocking(life.give_up, attempts[0]))
             raise
         finally:
+            if attempts:
+                life.over(attempts[0])
             if self.state is ConnectionState.DISCONNECTED:
                 self._release_executor()
+
+    async def _connected(self, attempt: Attempt, deadline: float | None) -> None:
+        """Wait without a thread: many may wait for one client, through an outage without end."""
+        async with asyncio.timeout_at(deadline):
+            await self._outcome(attempt.first, None)
+            if not attempt.starts:
+                await self._until(lambda state: state not in TRYING)
+                self._engine.life.check_connected()
+
+    async def _until(self, predicate: Callable[[ConnectionState], bool]) -> None:
+        changed = asyncio.Event()
+
+        def listener() -> None:
+            self._bridge.post(changed.set)
+
+        self._engine.state.listen(listener)
+        try:
+            while not predicate(self.state):
+                await changed.wait()
+                changed.clear()
+        finally:
+            self._engine.state.ignore(listener)
 
     async def disconnect(self) -> None:
         """Leave the broker; `connect` may follow."""
@@ -145,13 +183,14 @@ class MQTTClient:
         if self._stop is not None:
             self._stop.set()
         limit = seconds(timeout, self.config.shutdown_timeout)
-        own = self._dispatcher.own_work(), asyncio.current_task()
-        self._dispatcher.spared = handler_task.get() if own[0] else None
+        own = self._dispatcher.own_work()
+        handler = handler_task.get() if own else None
+        spared = self._dispatcher.spared
+        spared.add(handler)
         try:
-            await _to_the_end(
-                self._blocking(self._engine.life.shutdown, 1e6 if limit is None else limit, *own)
-            )
+            await _to_the_end(self._blocking(self._engine.life.shutdown, limit, own, asyncio.current_task()))
         finally:
+            spared.discard(handler)
             self._release_executor()
 
     def _release_executor(self) -> None:
@@ -210,24 +249,11 @@ class MQTTClient:
     async def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first."""
         self._engine.life.check()
-        loop = self._on_loop()
-        changed = asyncio.Event()
-
-        def listener() -> None:
-            self._bridge.post(changed.set)
-
-        self._engine.state.listen(listener)
-        try:
-            limit = seconds(timeout, 0.0)
-            deadline = None if limit is None else loop.time() + limit
-            async with asyncio.timeout_at(deadline):
-                while self.state not in (ConnectionState.CONNECTED, ConnectionState.CLOSED):
-                    await changed.wait()
-                    changed.clear()
-        except TimeoutError:
-            pass
-        finally:
-            self._engine.state.ignore(listener)
+        self._on_loop()
+        over = (ConnectionState.CONNECTED, ConnectionState.CLOSED)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds(timeout, 0.0)):
+                await self._until(lambda state: state in over)
         return self.connected
 
     @property

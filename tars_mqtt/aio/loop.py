@@ -166,8 +166,8 @@ class LoopDispatcher(WorkerPool):
     def __init__(self, bridge: Bridge, *args: Any) -> None:
         super().__init__(*args)
         self._bridge = bridge
-        self.spared: asyncio.Task[None] | None = None
-        """The handler that asked for the shutdown, and waits for it: not to be cancelled by it."""
+        self.spared: set[asyncio.Task[None] | None] = set()
+        """Handlers that asked for a shutdown, and wait for it: not to be cancelled by it."""
         self._called = False
         """Whether the loop is about to look at its turns."""
         # Guarded by _lock:
@@ -394,8 +394,8 @@ class LoopDispatcher(WorkerPool):
         return stuck + [task.get_name() for task in self._others()]
 
     def _others(self) -> set[asyncio.Task[None]]:
-        """All tasks but the one that is spared."""
-        return set(self._tasks) - {self.spared}
+        """All tasks but those that are spared."""
+        return set(self._tasks) - self.spared
 
     def _cancel(self, looked: threading.Event) -> None:
         for task in self._others():

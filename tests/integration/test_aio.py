@@ -16,6 +16,7 @@ import pytest
 from tars_mqtt import MQTTClient as SyncClient
 from tars_mqtt.aio import (
     AckTimeoutError,
+    ClosedError,
     ConnectError,
     ConnectionState,
     Envelope,
@@ -353,6 +354,56 @@ async def test_cancelling_connect_leaves_nothing_behind(broker: Broker) -> None:
         await until(lambda: not any("tars-mqtt/cancel" in thread.name for thread in threading.enumerate()))
     finally:
         broker.thaw()
+
+
+async def test_cancelling_a_connect_takes_away_no_connection_that_it_did_not_make(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "me", **QUICK)
+    await client.connect()
+    second = asyncio.create_task(client.connect())
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert client.connected
+    broker.kill()
+    await until(lambda: not client.connected)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await client.connect()
+    assert client.state is ConnectionState.RECONNECTING
+    broker.start()
+    await until(lambda: client.connected)
+    await client.shutdown()
+
+
+async def test_many_who_wait_for_a_connection_hold_up_no_shutdown(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "me", **QUICK)
+    await client.connect()
+    broker.kill()
+    await until(lambda: not client.connected)
+    waiting = [asyncio.create_task(client.connect(timeout=None)) for _ in range(20)]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        await client.shutdown()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {ClosedError}
+
+
+async def test_a_handler_that_shuts_down_a_client_which_runs_is_not_cancelled_by_that(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "me", shutdown_timeout=30)
+    ended: list[str] = []
+
+    @client.on("end")
+    async def end(payload: bytes) -> None:
+        await client.shutdown()
+        ended.append("in good order")
+
+    running = asyncio.create_task(client.run())
+    assert await client.wait_connected(10)
+    await client.publish("end", b"")
+    async with asyncio.timeout(15):
+        await running
+    assert ended == ["in good order"]
 
 
 async def test_cancelling_the_body_of_async_with_shuts_down(broker: Broker) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import selectors
 import socket
 import threading
 import time
@@ -187,6 +189,127 @@ def test_a_name_server_that_does_not_answer_keeps_nobody_waiting(make_client, mo
         assert time.monotonic() - started < 2.5
     finally:
         answer.set()
+
+
+def test_a_network_thread_that_is_late_to_end_is_waited_for_by_the_next_connect(
+    make_client, broker, monkeypatch
+):
+    """It is not taken for a connection under way; until it has ended, nothing can start."""
+    answer = threading.Event()
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(*args, **kwargs):
+        answer.wait(30)
+        return resolve(*args, **kwargs)
+
+    client = make_client(f"mqtt://localhost:{broker.port}")
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        with pytest.raises(ConnectError, match="no connection to"):
+            client.connect(timeout=0.1)
+        with pytest.raises(ConnectError, match=r"still busy leaving .* call connect\(\) again"):
+            client.connect(timeout=0.1)
+        connecting = in_thread(client.connect, 30)
+        answer.set()
+        connecting.result(30)
+    assert client.connected
+
+
+def test_who_has_waited_long_enough_takes_nothing_from_those_who_wait_on(make_client):
+    client = make_client(f"mqtt://{HOST}:{free_port()}")
+    patient = in_thread(client.connect, 2)
+    eventually(lambda: client.state is ConnectionState.CONNECTING)
+    with pytest.raises(ConnectError, match="The client keeps trying"):
+        client.connect(timeout=0.2)
+    with pytest.raises(ConnectError, match=r"within 2 s((?!keeps trying).)*$"):
+        patient.result(30)
+    assert client.state is ConnectionState.DISCONNECTED
+
+
+def test_a_connect_behind_a_slow_disconnect_takes_its_own_time_and_no_more(make_client, broker):
+    client = make_client(broker.url, shutdown_timeout=1.0)
+    client.connect()
+    broker.freeze()
+    client.submit_event("a", "n", "x" * 20_000_000, qos=1)  # more than the socket takes
+    leaving = in_thread(client.disconnect)
+    session = getattr(client, "unwrapped", client)._engine._session
+    eventually(lambda: session.leaving)
+    started = time.monotonic()
+    with pytest.raises(ConnectError):
+        client.connect(timeout=2.0)
+    assert time.monotonic() - started < 2.9, "not the wait for the other, and then its time"
+    leaving.result(30)
+    broker.thaw()
+
+
+@pytest.mark.parametrize("fails", ["thread", "descriptor"])
+def test_a_client_that_cannot_start_says_so_and_can_be_started_later(make_client, broker, monkeypatch, fails):
+    def no_thread(thread):
+        if thread.name.endswith("/network"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def no_descriptor():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    start = threading.Thread.start
+    client = make_client(broker.url)
+    with monkeypatch.context() as patch:
+        if fails == "thread":
+            patch.setattr(threading.Thread, "start", no_thread)
+        else:
+            patch.setattr(selectors, "DefaultSelector", no_descriptor)
+            if make_client.colour == "aio":
+                pytest.skip("its loop needs one, too")
+        for _ in range(2):
+            with pytest.raises(ConnectError, match=r"cannot start: (can't|.*Too many)"):
+                client.connect()
+            assert client.state is ConnectionState.DISCONNECTED
+            with pytest.raises(NotConnectedError):
+                client.submit_event("a", "n", 1, qos=1)
+    client.connect()
+    client.publish_event("a", "n", 1, qos=1)
+
+
+def test_a_connect_that_a_hasty_shutdown_overtakes_leaves_nothing_running(make_client, broker, monkeypatch):
+    """The shutdown had no time to wait until the other had started what it would have had to stop."""
+    client = make_client(broker.url)
+    engine = getattr(client, "unwrapped", client)._engine
+    preparing, go_on = threading.Event(), threading.Event()
+
+    def prepare():
+        preparing.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(engine.life, "_prepare", prepare)
+    connecting = in_thread(client.connect)
+    assert preparing.wait(30)
+    client.shutdown(timeout=0.05)
+    assert client.state is ConnectionState.CLOSED
+    go_on.set()
+    with pytest.raises(ClosedError):
+        connecting.result(30)
+    assert client.state is ConnectionState.CLOSED
+    assert not engine._session.running
+    monkeypatch.undo()
+    client.connect()
+
+
+def test_whoever_is_called_off_between_two_looks_does_not_sleep_through_the_delay(make_client, monkeypatch):
+    client = make_client(f"mqtt://{HOST}:{free_port()}", reconnect_min_delay=60, reconnect_max_delay=60)
+    session = getattr(client, "unwrapped", client)._engine._session
+    acknowledge, armed = session.transport.acknowledge_wake, [True]
+
+    def call_off_and_acknowledge():
+        if session._backoff.attempt and armed:
+            armed.clear()
+            session.interrupt()
+        acknowledge()
+
+    monkeypatch.setattr(session.transport, "acknowledge_wake", call_off_and_acknowledge)
+    monkeypatch.setattr(session._backoff, "_uniform", lambda least, most: most)
+    with pytest.raises(ClosedError):
+        client.connect(timeout=50)
 
 
 def test_a_host_without_an_address_is_named_with_the_reason(make_client, monkeypatch):
