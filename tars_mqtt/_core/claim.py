@@ -64,3 +64,4 @@ class Claims:
         """The work failed: a repetition is to be handled."""
         if delivery.claim is not None and self._deduplicator is not None:
             self._deduplicator.release(delivery.claim)
+            delivery.claim = None  # it may be another's by the time this one ends

@@ -215,7 +215,9 @@ class HandlerCall:
         """The handler raised: the next attempt, or a redelivery, will be handled."""
         self._claims.release(delivery)
         message = delivery.message
-        delivery.error = _in_words(error)
+        if not delivery.given_up:
+            delivery.error = _in_words(error)
+            self._counters.add("handler_failures")
         logger.error(
             "handler %s failed on a message of %r",
             self._name(),
@@ -223,12 +225,13 @@ class HandlerCall:
             exc_info=error,
             extra=log_fields(message, self._client_id),
         )
-        self._counters.add("handler_failures")
         return Outcome.FAILED
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
         """The payload is not what the handler asks for."""
-        self._claims.keep(delivery)
+        self._claims.release(
+            delivery
+        )  # not kept: its dead letter is still to come, and a kill may come before
         message = delivery.message
         delivery.error = f"DecodeError: {error}"
         logger.warning(

@@ -27,6 +27,8 @@ class Delivery:
     """What the last failure said."""
     failed_first: float = 0.0
     """Unix time of the first failure."""
+    given_up: bool = False
+    """Its time was up while its handler went on: another `Delivery` has taken its place."""
 
     def done(self) -> bool:
         """Count the delivery as over; True when an acknowledgement became due by it."""

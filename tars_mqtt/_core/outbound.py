@@ -95,11 +95,16 @@ class Outbound:
         self._inflight.clear()
         self._backlog.connected(interrupted, resumed, connack, v5)
 
-    def disconnected(self, by_broker: bool) -> None:
-        """The connection is gone: QoS 0 that did not leave with it is lost, the rest stays."""
+    def disconnected(self, by_broker: bool, cut_short: int = 0) -> None:
+        """The connection is gone: QoS 0 that did not leave with it is lost, the rest stays.
+
+        Args:
+            by_broker: It was not we who gave it up.
+            cut_short: How many messages of QoS 0 that a publisher had sent himself did not leave whole.
+        """
         if by_broker:
             self._give_up(self.suspicion.hung_up(self._inflight.values()))
-        lost = self._backlog.disconnected() + self._lossy_unsent
+        lost = self._backlog.disconnected() + self._lossy_unsent + cut_short
         self._lossy_unsent = 0
         if lost:
             self._counters.drop("connection_lost", lost)
@@ -225,17 +230,15 @@ class Outbound:
         message = self._inflight.get(packet_id)
         if kind == wire.PUBREC:
             return self._received(message, packet_id, reason)
-        expected = message is not None and (message.qos == 1) == (kind == wire.PUBACK)
-        if message is None or not expected:
+        if message is None or kind != (wire.PUBACK if message.qos == 1 else wire.PUBCOMP):
             return None  # repeated, or of a session that is gone
         self._settle(message, kind, reason)
         return None
 
     def _received(self, message: Outgoing | None, packet_id: int, reason: int) -> bytes | None:
         if message is None or message.qos != 2:
-            not_found = 0x92
             return (
-                wire.encode_ack_reason(wire.PUBREL, packet_id, not_found)
+                wire.encode_ack_reason(wire.PUBREL, packet_id, wire.PACKET_IDENTIFIER_NOT_FOUND)
                 if self._v5
                 else wire.encode_ack(wire.PUBREL, packet_id)
             )

@@ -489,8 +489,9 @@ class Session:
         bytes_in, bytes_out = self.transport.traffic
         self._bytes_in += bytes_in
         self._bytes_out += bytes_out
-        self.transport.drop()
-        self._outbound.disconnected(by_broker=error is not None and not isinstance(error, SilenceError))
+        cut_short = self.transport.drop()
+        by_broker = error is not None and not isinstance(error, SilenceError)
+        self._outbound.disconnected(by_broker, cut_short)
         self._subscriber.disconnected()
         if error is None:
             logger.info("disconnected", extra=self._extra())

@@ -96,6 +96,8 @@ class Stream:
         self._writing = threading.Lock()
         self.sends_now = type(sock) is socket.socket
         """Whether others may `send_now`. Not over TLS and websockets, which have a state of their own."""
+        self.cut_short = 0
+        """Messages sent by `send_now` of which something is still to leave: one at most."""
         self._outgoing: deque[bytes] = deque()
         self._unsent = memoryview(b"")
         self._full = False
@@ -232,6 +234,7 @@ class Stream:
                     if sent[0] < len(packet):
                         self._unsent = memoryview(packet)[sent[0] :]
                         self.outgoing_bytes = len(self._unsent)
+                        self.cut_short = 1
         return True
 
     @property
@@ -248,6 +251,7 @@ class Stream:
         with self._writing:
             while self.outgoing_bytes:
                 if not self._unsent:
+                    self.cut_short = 0
                     self._unsent = memoryview(self._join())
                 try:
                     sent = self._socket.send(self._unsent)
@@ -256,14 +260,13 @@ class Stream:
                     return False
                 except OSError as error:
                     raise ConnectionLostError(f"writing failed: {reason_of(error)}") from error
-                if not sent:
-                    return False  # a websocket wants the same bytes again
                 self._unsent = self._unsent[sent:]
                 self.outgoing_bytes -= sent
                 self.bytes_out += sent
                 if self._full:
                     self.drained_bytes += sent
             self._full = False
+            self.cut_short = 0
             return True
 
     def _join(self) -> bytes:

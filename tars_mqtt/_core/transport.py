@@ -305,16 +305,17 @@ class Transport:
             return self.flush(deadline)
         return False
 
-    def drop(self) -> None:
-        """Close the connection without a word. Idempotent."""
+    def drop(self) -> int:
+        """Close the connection without a word; returns `Stream.cut_short`. Idempotent."""
         stream, self._stream = self._stream, None
         self._events.clear()
         self._failure = None
         if stream is None:
-            return
+            return 0
         self._watch(stream, 0)
         self._control.drop()
         stream.close()
+        return stream.cut_short
 
     def close(self) -> None:
         """Release everything. The last act of the network thread."""

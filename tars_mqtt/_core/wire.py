@@ -13,18 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # First bytes. Only the flags of PUBLISH vary; those the others reserve are in the value [MQTT-2.1.3-1].
-CONNECT: Final = 0x10
 CONNACK: Final = 0x20
 PUBLISH: Final = 0x30
 PUBACK: Final = 0x40
 PUBREC: Final = 0x50
 PUBREL: Final = 0x62
 PUBCOMP: Final = 0x70
-SUBSCRIBE: Final = 0x82
 SUBACK: Final = 0x90
-UNSUBSCRIBE: Final = 0xA2
 UNSUBACK: Final = 0xB0
-PINGREQ: Final = 0xC0
 PINGRESP: Final = 0xD0
 DISCONNECT: Final = 0xE0
 AUTH: Final = 0xF0
@@ -56,9 +52,8 @@ _PUBLISH_FLAGS: Final = {
     for dup in ((0, 1) if qos else (0,))
 }
 # fmt: off
-_FIRST_BYTES_3: Final = frozenset(_PUBLISH_FLAGS) | {
-    CONNECT, CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK, UNSUBSCRIBE, UNSUBACK,
-    PINGREQ, PINGRESP, DISCONNECT,
+_FIRST_BYTES_3: Final = frozenset(_PUBLISH_FLAGS) | {  # of what a server may send
+    CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK, PINGRESP, DISCONNECT,
 }
 # fmt: on
 _FIRST_BYTES_5: Final = _FIRST_BYTES_3 | {AUTH}
@@ -168,7 +163,9 @@ def _header_error(first: int, legal: bool, length: int, limit: int) -> Malformed
     if not legal:
         if first & 0xF0 == PUBLISH:
             return _publish_flags_error(first)
-        return MalformedPacketError(f"no packet begins with 0x{first:02x} (section 2.1.2) [MQTT-2.1.3-1]")
+        return MalformedPacketError(
+            f"no packet of a server begins with 0x{first:02x} (section 2.1.2) [MQTT-2.1.3-1]"
+        )
     if length == _UNENDING:
         return MalformedPacketError("remaining length of more than four bytes (section 2.1.4)")
     return MalformedPacketError(

@@ -246,6 +246,8 @@ class WorkerPool(Dispatcher):
         consumer = turn.consumer
         assert consumer.handle is not None
         outcome = consumer.handle.timed_out(delivery, timeout)
+        late, delivery = delivery, attrs.evolve(delivery)
+        late.given_up = True
         self._tell_stuck(delivery.message.topic)
         delay = self._after_failure(consumer, delivery, outcome)
         if delay is not None:

@@ -125,7 +125,7 @@ class CoroutineCall(HandlerCall):
             raise  # whoever awaits knows whether the handler raised it
         except BaseException as error:
             if timeout is not None and limit is not None and limit.expired():
-                return self.timed_out(delivery, timeout)
+                return Outcome.FAILED if delivery.given_up else self.timed_out(delivery, timeout)
             outcome = self.failed(delivery, error)
             if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise

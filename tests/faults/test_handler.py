@@ -9,6 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 
 from tars_mqtt import Envelope
@@ -193,6 +194,42 @@ def test_a_stuck_handler_is_reported_and_everything_else_goes_on(make_client, br
         assert client.stats().connections == 1
     finally:
         release.set()
+
+
+def test_a_handler_that_fails_after_its_time_was_up_does_not_let_a_repetition_run_beside_its_retry(
+    make_client, broker: Broker
+) -> None:
+    """The retry has claimed the event by then; and one call fails once."""
+    may_fail, may_return = threading.Event(), threading.Event()
+    calls: list[int] = []
+
+    def handler(envelope: Envelope) -> None:
+        calls.append(envelope.data)
+        if len(calls) == 1:
+            may_fail.wait(30)
+            raise RuntimeError("late")
+        may_return.wait(30)
+
+    client = make_client(broker.url, dedupe_ttl=60, dedupe_max_entries=10)
+    client.subscribe("a", handler, 1, handler_timeout=0.2, retries=1, retry_delay=1.0, concurrency=2)
+    client.connect()
+    engine = getattr(client, "unwrapped", client)._engine
+    event = Envelope.new("n", 1, source="s").to_bytes()
+    with contextlib.ExitStack() as released:
+        released.callback(may_return.set)
+        released.callback(may_fail.set)
+        client.publish("a", event, qos=1)
+        eventually(lambda: client.stats().handler_timeouts == 1)
+        (registration,) = engine._registry.registrations()
+        registration.consumer.recovery = attrs.evolve(registration.consumer.recovery, timeout=None)
+        eventually(lambda: len(calls) == 2)
+        may_fail.set()
+        eventually(lambda: not engine.dispatcher._stuck)
+        client.publish("a", event, qos=1)
+        eventually(lambda: client.stats().duplicates == 1)
+    eventually(lambda: client.stats().pending == 0)
+    assert calls == [1, 1]
+    assert (client.stats().handler_timeouts, client.stats().handler_failures) == (1, 0)
 
 
 @pytest.mark.parametrize("order_by", [None, "topic"])

@@ -370,6 +370,27 @@ async def test_a_loop_that_was_held_up_does_not_count_one_time_limit_twice() -> 
     await harness.stop()
 
 
+async def test_a_coroutine_that_ends_after_it_was_given_up_is_not_counted_again() -> None:
+    harness = Harness()
+    release = asyncio.Event()
+
+    async def late(payload: bytes) -> None:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            await release.wait()
+            raise
+
+    consumer = harness.consumer(late)
+    consumer.recovery = Recovery(timeout=0.02)
+    harness.submit(consumer)
+    await until(lambda: harness.dispatcher._stuck_tasks)
+    release.set()
+    await harness.idle()
+    assert harness.counters.totals() == {"handler_timeouts": 1}
+    await harness.stop()
+
+
 async def test_no_more_coroutines_than_workers_outlive_their_time_limit() -> None:
     """The lanes of others that do not heed it wait, as they do for threads: or there would be ever more of them."""
     harness = Harness()  # of one worker

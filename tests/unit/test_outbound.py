@@ -144,6 +144,18 @@ def test_an_acknowledgement_of_something_else_settles_nothing(harness: Harness) 
     assert not two.receipt.done()
 
 
+def test_what_no_broker_sends_acknowledges_nothing(harness: Harness) -> None:
+    message = harness.submit(qos=2)
+    harness.pump()
+    assert harness.acknowledge(message, kind=0x80) is None
+    assert not message.receipt.done()
+
+
+def test_what_a_publisher_sent_and_did_not_leave_whole_is_counted_as_lost(harness: Harness) -> None:
+    harness.outbound.disconnected(by_broker=True, cut_short=1)
+    assert harness.counters.dropped() == {"connection_lost": 1}
+
+
 def test_a_repeated_acknowledgement_is_no_second_one(harness: Harness) -> None:
     message = harness.submit()
     harness.pump()

@@ -18,6 +18,7 @@ from tars_mqtt._core import wire
 from tars_mqtt._core.stream import ConnectionLostError, Stream
 
 LIMIT = 1 << 20
+PINGRESP_PACKET = bytes((wire.PINGRESP, 0))
 
 
 @pytest.fixture
@@ -75,8 +76,8 @@ def bodies(packets: list[tuple[int, bytes]]) -> list[bytes]:
 
 def test_packets_that_come_together_are_told_apart(pair) -> None:
     stream, peer = pair
-    peer.send(publish(b"one") + wire.PINGREQ_PACKET + publish(b"two"))
-    assert [first for first, _ in stream.receive()] == [wire.PUBLISH, wire.PINGREQ, wire.PUBLISH]
+    peer.send(publish(b"one") + PINGRESP_PACKET + publish(b"two"))
+    assert [first for first, _ in stream.receive()] == [wire.PUBLISH, wire.PINGRESP, wire.PUBLISH]
     assert stream.receive() == []
 
 
@@ -161,12 +162,12 @@ def test_a_packet_above_the_limit_is_refused_before_it_is_read() -> None:
 def test_of_a_message_above_the_limit_only_the_head_comes_in_its_turn(size: int) -> None:
     """However the bytes are cut, and whatever stands before and behind it."""
     large = wire.encode_publish(b"to/large", b"x" * 5000, 1, True, False, 77, True)
-    data = publish(b"one") + large + wire.PINGREQ_PACKET + large + publish(b"two")
+    data = publish(b"one") + large + PINGRESP_PACKET + large + publish(b"two")
     stream = stream_over(*(data[i : i + size] for i in range(0, len(data), size)), limit=1000)
     found: list[tuple[int, bytes]] = []
     while stream.has_more() or stream._socket.incoming:
         found += stream.receive()
-    firsts = [wire.PUBLISH, wire.PASSED_OVER | 0x03, wire.PINGREQ, wire.PASSED_OVER | 0x03, wire.PUBLISH]
+    firsts = [wire.PUBLISH, wire.PASSED_OVER | 0x03, wire.PINGRESP, wire.PASSED_OVER | 0x03, wire.PUBLISH]
     assert [first for first, _ in found] == firsts
     assert found[1][1] == found[3][1] == b"\0\x08to/large" + bytes((0, 77))
 
@@ -310,10 +311,12 @@ def test_what_the_socket_does_not_take_leaves_first() -> None:
     first, second = publish(b"1"), publish(b"2")
     assert stream.send_now(first)
     assert stream.outgoing_bytes == len(first) - 3
+    assert stream.cut_short == 1
     assert not stream.send_now(second)
     stream.write(second)
     assert stream.flush()
     assert sock.sent == first + second
+    assert stream.cut_short == 0
     assert stream.bytes_out == len(sock.sent)
 
 
