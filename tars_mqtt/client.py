@@ -316,9 +316,10 @@ class MQTTClient:
         Raises:
             NotConnectedError, QueueFullError, AckTimeoutError, ClosedError: As `publish_event`.
         """
-        receipt = self._engine.health.publish(ok, event, error, self.config.publish_timeout)
+        limit, started = self.config.publish_timeout, time.monotonic()
+        receipt = self._engine.health.publish(ok, event, error, limit)
         if receipt is not None:
-            receipt.result(self.config.publish_timeout)
+            receipt.result(_rest(limit, started))
 
     # -- subscribing ------------------------------------------------------------------------
 
@@ -371,18 +372,11 @@ class MQTTClient:
         return self._subscribed(registration, limit)
 
     def _subscribed(self, registration: Registration, limit: float | None) -> Subscription:
-        engine, topic = self._engine, registration.topic
+        engine = self._engine
         try:
             engine.subscribe(registration).result(limit)
-        except TimeoutError:
-            engine.unregister(registration)
-            raise SubscribeError(
-                f"the broker did not answer the subscription {topic!r} within {limit:g} s",
-                [(topic, "no answer")],
-            ) from None
-        except SubscribeError as error:
-            engine.unregister(registration)
-            raise SubscribeError(str(error), error.refused) from error
+        except (TimeoutError, SubscribeError) as error:
+            raise engine.not_subscribed(registration, error, limit) from None
         except BaseException:  # Ctrl-C
             engine.unregister(registration)
             raise

@@ -83,7 +83,7 @@ class MessageIterator(Iterator[Message]):
             raise StopIteration
         return message
 
-    def next(self, timeout: float | None) -> Message | None:
+    def next(self, timeout: float | None = None) -> Message | None:
         """Return the next message; None once the iteration has ended.
 
         Args:

@@ -33,6 +33,7 @@ from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
 from tars_mqtt.dedup import DurableDeduplicator, MessageDeduplicator
 from tars_mqtt.envelope import encode_event
+from tars_mqtt.errors import SubscribeError
 from tars_mqtt.health import Health
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.topics import check_filter, topic_bytes
@@ -276,6 +277,18 @@ class Engine:
         else:
             self._session.subscribe(entry, registration, waiter)
         return waiter
+
+    def not_subscribed(
+        self, registration: Registration, error: TimeoutError | SubscribeError, limit: float | None
+    ) -> SubscribeError:
+        """The broker refused, or did not answer within *limit*: remove the registration; what to tell the caller."""
+        self.unregister(registration)
+        if isinstance(error, SubscribeError):
+            return SubscribeError(str(error), error.refused)
+        topic = registration.topic
+        return SubscribeError(
+            f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
+        )
 
     def unregister(self, registration: Registration) -> Future[None]:
         """Remove a subscription; what waits for its handler is given up."""

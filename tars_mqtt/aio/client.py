@@ -30,7 +30,6 @@ from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError
-from tars_mqtt.message import PublishReceipt as CoreReceipt
 from tars_mqtt.topics import check_filter
 
 __all__ = ["MQTTClient"]
@@ -361,14 +360,17 @@ class MQTTClient:
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
-        self._on_loop()
-        receipt = self._engine.health.publish(ok, event, error, 0.0)
+        loop = self._on_loop()
+        limit, started = self._publish_timeout, loop.time()
+        publish = partial(self._engine.health.publish, ok, event, error, 0.0)
+        try:
+            receipt = publish()
+        except QueueFullError as full:
+            receipt = await self._when_room(publish, full, limit)
         if receipt is not None:
-            await PublishReceipt(receipt, self._bridge).result(self.config.publish_timeout)
+            await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
 
-    async def _when_room(
-        self, submit: Callable[[], CoreReceipt], error: QueueFullError, limit: float | None
-    ) -> CoreReceipt:
+    async def _when_room(self, submit: Callable[[], T], error: QueueFullError, limit: float | None) -> T:
         """Submit what was refused with *error* again, waiting for room as long as *limit* allows."""
         if limit == 0 or not error.retriable:
             raise error
@@ -427,7 +429,13 @@ class MQTTClient:
         """
         self._on_loop()
         limit = seconds(timeout, self.config.connect_timeout)
-        return await self._subscribed(self._register(topic, handler, qos, options), limit)
+        registration = self._register(topic, handler, qos, options)
+        try:
+            await self._answered(self._engine.subscribe(registration), registration, limit)
+        except asyncio.CancelledError:
+            self._engine.unregister(registration)
+            raise
+        return Subscription(self, registration)
 
     def _register(
         self, topic: str, handler: Callable[[Any], Any], qos: int, options: HandlerOptions
@@ -435,23 +443,12 @@ class MQTTClient:
         call = CoroutineCall if is_coroutine_function(handler) else HandlerCall
         return self._engine.register(topic, qos, call, handler, options)
 
-    async def _subscribed(self, registration: Registration, limit: float | None) -> Subscription:
-        engine, topic = self._engine, registration.topic
+    async def _answered(self, asked: Future[None], registration: Registration, limit: float | None) -> None:
+        """Wait for the broker's answer; the registration is gone if that is no, or does not come."""
         try:
-            await self._outcome(engine.subscribe(registration), limit)
-        except TimeoutError:
-            engine.unregister(registration)
-            raise SubscribeError(
-                f"the broker did not answer the subscription {topic!r} within {limit:g} s",
-                [(topic, "no answer")],
-            ) from None
-        except SubscribeError as error:
-            engine.unregister(registration)
-            raise SubscribeError(str(error), error.refused) from error
-        except BaseException:
-            engine.unregister(registration)
-            raise
-        return Subscription(self, registration)
+            await self._outcome(asked, limit)
+        except (TimeoutError, SubscribeError) as error:
+            raise self._engine.not_subscribed(registration, error, limit) from None
 
     async def _outcome(self, future: Future[None], limit: float | None) -> None:
         """Await the engine's future, which stays as it is when the wait is cancelled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Self
 
 from tars_mqtt._core.dispatch import Consumer, Taken
@@ -53,7 +54,8 @@ class MessageIterator(AsyncIterator[Message]):
         self._consumer: Consumer = self._registration.consumer
         # Refers to the event alone: an iterator that is left alone can be collected.
         self._consumer.arrived = lambda: client._bridge.post(arrived.set)
-        self._subscription: Subscription | None = None
+        self._asked: Future[None] | None = None
+        """The broker's answer to the subscription, once it is asked."""
         self._current: Taken | None = None
 
     async def __anext__(self) -> Message:
@@ -62,19 +64,23 @@ class MessageIterator(AsyncIterator[Message]):
             raise StopAsyncIteration
         return message
 
-    async def next(self, timeout: float | None) -> Message | None:
+    async def next(self, timeout: float | None = None) -> Message | None:
         """Return the next message; None once the iteration has ended.
+
+        Args:
+            timeout: Seconds; ``None`` waits for ever. The first call waits for the subscription, too.
 
         Raises:
             TimeoutError: None came in time.
+            SubscribeError: The broker refused, or did not answer within ``connect_timeout``.
         """
         self._client._on_loop()
         self._finish_current()
-        if self._subscription is None:
-            await self._open()
         dispatcher, reader = self._client._engine.dispatcher, asyncio.current_task()
+        limit = asyncio.timeout(seconds(timeout, 0.0))
         try:
-            async with asyncio.timeout(seconds(timeout, 0.0)):
+            async with limit:
+                await self._open()
                 while True:
                     self._arrived.clear()
                     self._current = dispatcher.next_nowait(self._consumer, reader)
@@ -83,14 +89,19 @@ class MessageIterator(AsyncIterator[Message]):
                     if self._consumer.closed or dispatcher.stopping:
                         return None
                     await self._arrived.wait()
-        except BaseException:
+        except BaseException as error:
             dispatcher.left_alone(self._consumer)
+            if isinstance(error, TimeoutError) and limit.expired():
+                raise TimeoutError("no message came in time") from None
             raise
 
     async def _open(self) -> None:
-        self._subscription = await self._client._subscribed(
-            self._registration, self._client.config.connect_timeout
-        )
+        """Subscribe, once; who waits no longer for the answer leaves that to the next one who asks."""
+        if self._asked is None:
+            self._asked = self._client._engine.subscribe(self._registration)
+        elif self._asked.done() or self._consumer.closed:
+            return
+        await self._client._answered(self._asked, self._registration, self._client.config.connect_timeout)
 
     def _finish_current(self) -> None:
         current, self._current = self._current, None
@@ -103,8 +114,7 @@ class MessageIterator(AsyncIterator[Message]):
         await Subscription(self._client, self._registration).unsubscribe()
 
     async def __aenter__(self) -> Self:
-        if self._subscription is None:
-            await self._open()
+        await self._open()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -23,6 +23,7 @@ from tars_mqtt.aio import (
     Message,
     MQTTClient,
     QueueFullError,
+    SubscribeError,
 )
 from tests.support.wait import eventually
 
@@ -658,6 +659,48 @@ async def test_messages_are_iterated_in_order(broker: Broker) -> None:
                 if len(seen) == 20:
                     break
         assert seen == list(range(20))
+
+
+async def test_an_iterator_whose_first_wait_is_cancelled_goes_on(proxy: FaultProxy) -> None:
+    """Its subscription is under way; and the limit of a wait holds for that as well."""
+    async with MQTTClient(proxy.url, "me", **QUICK) as client:
+        proxy.stall("to_client")
+        messages = client.messages("a", qos=1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await anext(messages)
+        with pytest.raises(TimeoutError, match="no message came in time"):
+            await messages.next(0.05)
+        proxy.resume()
+        receiving = asyncio.create_task(messages.next())
+        await until(lambda: messages._asked is not None and messages._asked.done())
+        await client.publish("a", b"1", qos=1)
+        message = await receiving
+        assert message is not None
+        assert message.payload == b"1"
+
+
+async def test_an_iterator_that_the_broker_does_not_answer_says_so_and_ends(proxy: FaultProxy) -> None:
+    async with MQTTClient(proxy.url, "me", connect_timeout=0.3, keepalive=60, **QUICK) as client:
+        proxy.stall("to_client")
+        messages = client.messages("a")
+        with pytest.raises(SubscribeError, match="did not answer"):
+            await messages.next()
+        assert await messages.next() is None
+        proxy.resume()
+
+
+async def test_health_waits_for_room_as_every_publish_does(broker: Broker) -> None:
+    async with MQTTClient(broker.url, "me", max_queued=3, enable_health=True, **QUICK) as client:
+        await until(lambda: client.stats().queued == 0)
+        broker.freeze()
+        waiting = [client.submit_event("a", "n", number, qos=1) for number in range(3)]
+        saying = asyncio.create_task(client.publish_health(False, "degraded"))
+        await asyncio.sleep(0.05)
+        assert not saying.done()
+        broker.thaw()
+        await saying
+        await asyncio.gather(*waiting)
 
 
 async def test_shutdown_ends_the_iteration(broker: Broker) -> None:
