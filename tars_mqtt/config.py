@@ -25,7 +25,7 @@ __all__ = ["MQTTClientConfig"]
 logger = logging.getLogger(__name__)
 
 _Path: TypeAlias = str | os.PathLike[str]
-_ConfigT = TypeVar("_ConfigT")
+_ConfigT = TypeVar("_ConfigT", bound=attrs.AttrsInstance)
 
 _BOOLEANS: Final = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
@@ -108,7 +108,7 @@ def _knowing_its_names(cls: type[_ConfigT]) -> type[_ConfigT]:
 
     @wraps(init)
     def __init__(self: object, *args: Any, **settings: Any) -> None:  # noqa: N807
-        known = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+        known = [field.name for field in attrs.fields(cls)]
         if unknown := [name for name in settings if name not in known]:
             raise TypeError("; ".join(_no_such_setting(name, known) for name in unknown))
         init(self, *args, **settings)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tars_mqtt._core.lane import Delivery
+from tars_mqtt.context import log_fields
 from tars_mqtt.errors import (
     ClosedError,
     DecodeError,
@@ -142,11 +143,9 @@ class DeadLetters:
                     self._outlet.when_room(self._there_is_room)
                     continue
                 self._give_up(delivery.message, error, over)
-            except OutboxError as error:
-                if getattr(error, "retriable", True):
-                    self._outlet.call_later(_AGAIN, self._bury_waiting)
-                    return
-                self._give_up(delivery.message, error, over)
+            except OutboxError:
+                self._outlet.call_later(_AGAIN, self._bury_waiting)
+                return
             except (ClosedError, NotConnectedError):
                 self._leave_unburied()
                 return
@@ -197,7 +196,7 @@ class DeadLetters:
             "gave up a message of %r: no dead letter: %s",
             message.topic,
             error,
-            extra={"client_id": self._client_id, "topic": message.topic, "qos": message.qos},
+            extra=log_fields(message, self._client_id),
         )
         over()
 

@@ -94,8 +94,9 @@ class DurableDeduplicator(MessageDeduplicator):
     def attach(self, outbox: Outbox, client_id: str = "") -> None:
         """Recall what *outbox* remembers, and keep there from now on."""
         now = self._clock()
+        recalled = outbox.remembered(self._max_entries)
         with self._lock:
-            for key, left in outbox.remembered(self._max_entries):
+            for key, left in recalled:
                 self._kept[key] = now + left
             self._outbox = outbox
             self._client_id = client_id

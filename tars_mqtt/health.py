@@ -41,6 +41,8 @@ class Health:
         """What was said last."""
         self._own: HealthPayload | None = None
         """What the service itself said last."""
+        self._announced: list[PublishReceipt] = []
+        """Of what was said when the connection came."""
         # Owned by the network thread:
         self._next_heartbeat = float("inf")
         self._repeat_at = float("inf")
@@ -58,11 +60,12 @@ class Health:
         """Publish that the service is up."""
         now = time.monotonic()
         if self._config.enable_health:
+            state = HealthPayload(ok=True, event="ready" if first else "reconnected")
             complaint = self._complaint()
-            if complaint is not None:
-                self._publish(complaint)  # each goes ahead of all that waits, so this one second
-            self._publish(HealthPayload(ok=True, event="ready" if first else "reconnected"))
-            self._state = complaint or self._state
+            # Each goes ahead of all that waits, so the last word is queued first.
+            states = [state] if complaint is None else [complaint, state]
+            self._announced = [self._publish(each) for each in states]
+            self._state = states[0]
             # By then the broker has given up any older connection of ours, whose will says we are dead.
             self._repeat_at = float("inf") if first else now + 1.5 * self._config.keepalive
         if self._config.enable_heartbeat:
@@ -89,12 +92,13 @@ class Health:
     # -- any thread -------------------------------------------------------------------------
 
     def publish(
-        self, ok: bool, event: str | None, error: str | None, timeout: float
+        self, ok: bool, event: str | None, error: str | None, timeout: float, wait_stored: bool = True
     ) -> PublishReceipt | None:
         """Publish the state that the service gives itself; None without ``enable_health``.
 
         Args:
             timeout: Seconds to wait for room in the queue.
+            wait_stored: See `Backlog.admit`.
         """
         if not self._config.enable_health:
             if not self._warned:
@@ -105,7 +109,7 @@ class Health:
                 )
             return None
         self._own = state = HealthPayload(ok=ok, event=event, error=error)
-        return self._publish(state, timeout)
+        return self._publish(state, timeout, wait_stored)
 
     def handler_stuck(self, topic: str) -> None:
         """Publish that a handler does not return; not where there is no room."""
@@ -122,6 +126,8 @@ class Health:
             return None
         if event == "shutdown":
             self._own = None
+        for receipt in self._announced:
+            receipt.cancel()  # what has not left yet would come after this, and stay
         return self._publish(HealthPayload(ok=False, event=event))
 
     # -- inside -----------------------------------------------------------------------------
@@ -134,9 +140,11 @@ class Health:
     def _publish_if_room(self, state: HealthPayload) -> None:
         if self._config.enable_health:
             with contextlib.suppress(TarsMQTTError):
-                self._publish(state, timeout=0.0)
+                self._publish(state, timeout=0.0, wait_stored=False)
 
-    def _publish(self, state: HealthPayload, timeout: float | None = None) -> PublishReceipt:
+    def _publish(
+        self, state: HealthPayload, timeout: float | None = None, wait_stored: bool = True
+    ) -> PublishReceipt:
         """Queue a state; without a timeout ahead of everything else, room or not."""
         envelope_id, payload = self._encode(HEALTH_TYPE, state.to_data())
         receipt = PublishReceipt(envelope_id, self._health_topic, 1)
@@ -144,7 +152,7 @@ class Health:
         if timeout is None:
             self._backlog.admit_first(message)
         else:
-            self._backlog.admit(message, timeout)
+            self._backlog.admit(message, timeout, wait_stored)
         self._state = state
         return receipt
 

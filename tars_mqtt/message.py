@@ -229,8 +229,8 @@ class PublishReceipt:
             callbacks = self._then
             self._then = error
             self._state = state  # last: whoever reads it without the lock finds the rest
-        if callbacks is not None:
-            for callback in callbacks:  # type: ignore[union-attr]  # it was not done before
+        if isinstance(callbacks, list):  # it was not done before
+            for callback in callbacks:
                 callback(self)
         return True
 

@@ -51,7 +51,9 @@ class Claims:
         if self._deduplicator.claim(claim):
             delivery.claim = claim
             return True
-        logger.debug("filtered a duplicate on %r", message.topic, extra=log_fields(message, self._client_id))
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = log_fields(message, self._client_id)
+            logger.debug("filtered a duplicate on %r", message.topic, extra=fields)
         self._counters.add("duplicates")
         return False
 

@@ -41,17 +41,16 @@ def dial(url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> so
         Interrupted: The attempt was called off.
     """
     candidates = [(int(socket.AF_UNIX), url.path)] if url.transport == "unix" else _resolve(url)
-    failures: list[str] = []
+    failures: list[tuple[str, str]] = []
     for number, (family, address) in enumerate(candidates):
         now = time.monotonic()
         share = (deadline - now) / (len(candidates) - number)
         try:
             return _connect(family, address, now + share, interrupted)
         except OSError as error:
-            failures.append(f"{_name(address)}: {reason_of(error)}")
-    if len(failures) == 1:
-        failures = [failures[0].rpartition(": ")[2]]
-    raise ConnectError(f"cannot reach {url}: {'; '.join(failures)}")
+            failures.append((_name(address), reason_of(error)))
+    reasons = [reason if len(failures) == 1 else f"{name}: {reason}" for name, reason in failures]
+    raise ConnectError(f"cannot reach {url}: {'; '.join(reasons)}")
 
 
 def _resolve(url: BrokerURL) -> list[tuple[int, Any]]:

@@ -38,7 +38,7 @@ class Handling(Protocol):
 
 @attrs.define(eq=False)
 class Consumer:
-    """One subscription as its dispatcher sees it. The last eight: guarded by its lock."""
+    """One subscription as its dispatcher sees it. From *burst* on: guarded by its lock."""
 
     lane: Lane
     limit: int

@@ -193,17 +193,17 @@ class Inbound:
         for registration in takers:
             delivery = Delivery(message, acknowledgement)
             if registration.key_of is not None:
-                delivery.key = self._key(registration, message)
+                delivery.key = self._key(registration.key_of, message)
             self._batches[registration.consumer].append(delivery)
 
-    def _key(self, registration: Registration, message: Message) -> Hashable:
+    def _key(self, key_of: Callable[[Message], Hashable], message: Message) -> Hashable:
         try:
-            key = registration.key_of(message)
+            key = key_of(message)
             hash(key)
         except Exception:
             logger.exception("order_by failed on a message of %r", message.topic, extra=self._extra(message))
             return None
-        return key  # type: ignore[no-any-return]
+        return key
 
     def _find_route(self, topic: str, properties: bytes) -> tuple[Registration, ...]:
         """The takers of a message that is not retained; remembered."""
@@ -273,7 +273,8 @@ class Inbound:
     def _no_handler(self, message: Message) -> None:
         self._counters.drop("no_handler")
         if not message.qos:
-            logger.debug("nobody handles %r", message.topic, extra=self._extra(message))
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("nobody handles %r", message.topic, extra=self._extra(message))
         elif count := self._unhandled.admit():
             logger.warning(
                 "acknowledged %d messages of QoS 1 or 2 that nobody handles, the last of them on %r: "

@@ -21,7 +21,7 @@ class Stored(NamedTuple):
 # There are as many of these as an outage is long: each attribute counts.
 @attrs.define(eq=False, weakref_slot=False)
 class Outgoing:
-    """What was admitted to the way out. What comes after the receipt: owned by the network thread."""
+    """What was admitted to the way out. After the receipt: owned by the network thread once it is queued."""
 
     topic: bytes
     payload: bytes

@@ -43,7 +43,6 @@ class _Port:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._unread = b""
-        self.closed = False
 
     def feed(self, packet: bytes) -> None:
         """Let paho read one control packet."""
@@ -60,8 +59,7 @@ class _Port:
         return len(data)
 
     def close(self) -> None:
-        # The stream outlives this: a DISCONNECT that paho "sent" is still to be flushed.
-        self.closed = True
+        pass  # the stream outlives this: a DISCONNECT that paho "sent" is still to be flushed
 
     def fileno(self) -> int:
         return self._stream.fileno()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 import zlib
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import attrs
 
+from tars_mqtt._core import wire
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.router import Router
+from tars_mqtt.message import Message
 
-_LAST_IDENTIFIER = 268_435_455
+_LAST_IDENTIFIER = wire.MAX_VARINT
 
 
 @attrs.define(eq=False)
@@ -21,7 +23,7 @@ class Registration:
     topic: str
     qos: int
     consumer: Consumer
-    key_of: Any = None
+    key_of: Callable[[Message], Hashable] | None = None
     """Gives a message's key of ``order_by``; None where there is none."""
 
 

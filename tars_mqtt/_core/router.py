@@ -42,17 +42,13 @@ class Router(Generic[T]):
     ``f`` and ``$share/g/f`` match the same topics and are two filters.
     """
 
-    __slots__ = ("_found", "_root", "_size", "_total")
+    __slots__ = ("_found", "_root", "_total")
 
     def __init__(self) -> None:
         self._root: _Node[T] = _NOTHING
-        self._size = 0
         self._total = 0  # filters ever registered: the next one's place in the order
         # All that changes. Each step on it is atomic, and an entry lost to a race costs one search.
         self._found: dict[str, tuple[T, ...]] = {}
-
-    def __len__(self) -> int:
-        return self._size
 
     def __iter__(self) -> Iterator[T]:
         """The entries in order of registration."""
@@ -78,7 +74,6 @@ class Router(Generic[T]):
         place = self._total if known is None else known[0]
         router: Router[T] = Router()
         router._root = _rebuild(levels, path, {**entries, topic_filter: (place, entry)})
-        router._size = self._size + (known is None)
         router._total = self._total + (known is None)
         return router
 
@@ -90,7 +85,6 @@ class Router(Generic[T]):
             return self
         router: Router[T] = Router()
         router._root = _rebuild(levels, path, entries)
-        router._size = self._size - 1
         router._total = self._total
         return router
 

@@ -496,17 +496,18 @@ class Session:
         if error is None:
             logger.info("disconnected", extra=self._extra())
         else:
-            self.last_error = str(error) + self._suspicion(error, held)
+            self.last_error = str(error) + self._quarrel(error, held)
             self._state.replace(ConnectionState.CONNECTED, ConnectionState.RECONNECTING)
             logger.warning("connection lost: %s", self.last_error, extra=self._extra())
 
-    def _suspicion(self, error: Exception, held: float) -> str:
+    def _quarrel(self, error: Exception, held: float) -> str:
         """Mosquitto, and brokers of MQTT 3.1.1, hang up without a word when another client takes our id."""
         suspect = isinstance(error, HungUpError) and held < _SHORT_TIME
         self._hang_ups = self._hang_ups + 1 if suspect else 0
         if self._hang_ups < 2:
             return ""
-        return f" again: was it taken over by another client with the same id {self._config.client_id!r}?"
+        name = self._config.client_id
+        return f" again: does it restart, or was it taken over by another client with the same id {name!r}?"
 
     def _extra(self) -> dict[str, object]:
         return {"client_id": self._config.client_id}

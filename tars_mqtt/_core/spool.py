@@ -108,7 +108,10 @@ class Spool:
         return True
 
     def wants_more(self, queued: int) -> bool:
-        """Whether the queue of so many runs low while there is more on disk. Holds the queue's lock."""
+        """Whether the queue of so many runs low while there is more on disk.
+
+        Asked without the lock, by the network thread alone: what it misses now, it sees at its next look.
+        """
         return self.on_disk_only > 0 and not self._loading and queued < _MOST_IN_MEMORY // 4
 
     def load(self, loaded: Callable[[list[Outgoing]], None]) -> None:

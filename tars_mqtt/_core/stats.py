@@ -35,7 +35,7 @@ class Stats:
         queued: Outgoing messages held now, unacknowledged ones included.
         queued_bytes: Their payload and topic bytes.
         inflight: Outgoing QoS 1/2 messages sent and not yet acknowledged.
-        pending: Incoming messages that wait for a handler.
+        pending: Incoming messages that wait for a handler or are in work; one for each handler that takes it.
         last_error: The last failure of the connection, in words.
         ping_round_trip: Seconds between the last ping and its answer.
     """

@@ -30,7 +30,8 @@ PASSED_OVER: Final = 0x00
 flags; topic and packet id."""
 
 PINGREQ_PACKET: Final = b"\xc0\x00"
-MAX_REMAINING_LENGTH: Final = 268_435_455
+MAX_VARINT: Final = 268_435_455
+MAX_REMAINING_LENGTH: Final = MAX_VARINT
 MAX_PACKET_BYTES: Final = 5 + MAX_REMAINING_LENGTH
 MAX_PROPERTIES_BYTES: Final = 65_535
 """Of a PUBLISH that we take; the standard has no limit, and they are read on the network thread."""
@@ -77,7 +78,7 @@ class MalformedPacketError(Exception):
     """The peer sent what the standard forbids; the connection cannot go on.
 
     Attributes:
-        reason: The reason code that a DISCONNECT of MQTT 5 gives for it.
+        reason: The standard's reason code for it [section 2.4].
     """
 
     def __init__(self, message: str, reason: int = MALFORMED_PACKET) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import attrs
@@ -43,7 +44,7 @@ handler_task: contextvars.ContextVar[asyncio.Task[None] | None] = contextvars.Co
 
 
 class Bridge:
-    """Runs calls from any thread on one event loop, in order, with one wake-up per burst.
+    """Runs calls from any thread on one event loop, with one wake-up per burst; lasting ones first, each kind in order.
 
     Bound to the loop that is running when `bind` is called; calls from before wait for it.
     """
@@ -387,7 +388,7 @@ class LoopDispatcher(WorkerPool):
         while self._others() and (left := deadline - time.monotonic()) > 0:
             # A task may swallow one cancellation, or two: ask until it ends.
             looked = threading.Event()
-            self._bridge.post(lambda looked=looked: self._cancel(looked))  # type: ignore[misc]
+            self._bridge.post(partial(self._cancel, looked))
             looked.wait(min(left, 0.05))
             if self._others():
                 time.sleep(min(left, 0.01))

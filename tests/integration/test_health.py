@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -187,6 +188,24 @@ def test_a_disconnect_on_purpose_is_published_too(make_client, broker):
     assert (state["ok"], state["event"]) == (False, "disconnected")
     client.connect()
     eventually(lambda: retained_state(broker)["ok"])
+
+
+def test_a_goodbye_that_follows_at_once_is_not_overtaken_by_the_greeting(make_client, broker, monkeypatch):
+    client = make_client(broker.url, "sensor", enable_health=True)
+    engine = getattr(client, "unwrapped", client)._engine
+    pump, may_send = engine._outbound.pump, threading.Event()
+
+    def hold_back(*args):
+        return may_send.is_set() and pump(*args)
+
+    monkeypatch.setattr(engine._outbound, "pump", hold_back)
+    client.connect()
+    leaving = in_thread(client.disconnect)
+    eventually(lambda: client.stats().queued == 2)
+    may_send.set()
+    engine._session.transport.wake()
+    leaving.result(30)
+    assert retained_state(broker)["event"] == "disconnected"
 
 
 # -- the last will ------------------------------------------------------------------------------
