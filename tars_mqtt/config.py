@@ -117,6 +117,18 @@ def _knowing_its_names(cls: type[_ConfigT]) -> type[_ConfigT]:
     return cls
 
 
+_ELSEWHERE: Final = {
+    **dict.fromkeys(("host", "hostname", "broker", "server", "port"), ("mqtt_url", "URL")),
+    **dict.fromkeys(("ca_certs", "cafile", "ca"), ("tls_ca", "TLS_CA")),
+    **dict.fromkeys(("clean_session", "clean_start"), ("session_expiry", "SESSION_EXPIRY")),
+    "certfile": ("tls_cert", "TLS_CERT"),
+    "keyfile": ("tls_key", "TLS_KEY"),
+    "identifier": ("client_id", "CLIENT_ID"),
+    "will": ("enable_health", "ENABLE_HEALTH"),
+}
+"""What other clients call it, and what that is here, as a keyword and as a variable."""
+
+
 def _no_such_setting(name: str, known: Collection[str]) -> str:
     meant = _meant(name.lower(), known)
     hint = f"did you mean {meant!r}?" if meant else f"choose from {', '.join(known)}"
@@ -127,6 +139,8 @@ def _meant(name: str, known: Iterable[str]) -> str | None:
     """The one of *known* that a wrong name is most like, or else the shortest of which it is a part."""
     import difflib  # late: names are right, as a rule
 
+    if (ours := _ELSEWHERE.get(name.lower())) is not None:
+        return next((one for one in known if one in ours), None)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     longer = sorted((one for one in known if name and name in one), key=len)
     return next(iter(close + longer), None)

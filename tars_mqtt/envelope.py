@@ -210,7 +210,8 @@ def encode_event(
     elif event_type.__class__ is source.__class__ is str and event_type:
         return envelope_id, _write(document)  # the rest is ours, and right
     if problem := _header_problem(document):
-        raise EncodeError(f"the envelope {problem}", "envelope")
+        order = "" if isinstance(event_type, str) else ": the order is topic, event_type, data"
+        raise EncodeError(f"the envelope {problem}{order}", "envelope")
     return envelope_id, _write(document)
 
 

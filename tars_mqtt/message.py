@@ -238,7 +238,7 @@ class PublishReceipt:
 def not_acknowledged(topic: str, limit: float | None, receipt: object) -> AckTimeoutError:
     """What a wait of *limit* seconds ends with."""
     return AckTimeoutError(
-        f"no acknowledgement for the message to {topic!r} within {limit:g} s; "
+        f"no acknowledgement for the message to {topic!r} within {limit:.3g} s; "
         "it is still on its way, the receipt will tell",
         receipt,
     )

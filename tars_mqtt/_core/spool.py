@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -183,6 +184,11 @@ class Spool:
         """Let go of the file. What was not sent stays in it; nothing is run later any more."""
         with self._lock:
             self._closed = True
+        with contextlib.suppress(OutboxError):
+            self._outbox.prune()
+            if left := self._outbox.totals()[0]:
+                extra = {"client_id": self._client_id}
+                logger.info("%d messages stay in the outbox %s", left, self._outbox.path, extra=extra)
         self._outbox.close()
         for receipt in list(self._receipts.values()):
             receipt._fail(left_in_outbox())

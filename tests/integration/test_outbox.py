@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import subprocess
 import sys
@@ -88,7 +89,10 @@ os.kill(os.getpid(), 9)
     assert numbers(received) == list(range(200))
 
 
-def test_what_shutdown_could_not_send_stays_in_the_file(make_client, broker: Broker, path: str) -> None:
+def test_what_shutdown_could_not_send_stays_in_the_file(
+    make_client, broker: Broker, path: str, caplog
+) -> None:
+    caplog.set_level(logging.INFO, "tars_mqtt")
     received: list[bytes] = []
     client = make_client(broker.url, outbox=path, shutdown_timeout=0.5)
     client.connect()
@@ -98,6 +102,7 @@ def test_what_shutdown_could_not_send_stays_in_the_file(make_client, broker: Bro
     client.shutdown()
     with pytest.raises(ClosedError, match="stays in the outbox"):
         receipt.result(0)
+    assert f"1 messages stay in the outbox {path}" in caplog.text
     broker.start()
     heir = make_client(broker.url, outbox=path)
     heir.subscribe("a", received.append, 1)

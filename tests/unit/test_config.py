@@ -192,6 +192,9 @@ def test_a_misspelt_variable_is_pointed_out_without_its_value(caplog: pytest.Log
         ("url", "mqtt_url"),
         ("dedup_ttl", "dedupe_ttl"),
         ("health", "enable_health"),
+        ("host", "mqtt_url"),
+        ("ca_certs", "tls_ca"),
+        ("will", "enable_health"),
     ],
 )
 def test_a_misspelt_keyword_is_pointed_out(written: str, meant: str) -> None:
@@ -204,9 +207,9 @@ def test_a_misspelt_keyword_is_pointed_out(written: str, meant: str) -> None:
 
 def test_a_keyword_like_no_other_is_answered_with_all_there_are() -> None:
     with pytest.raises(
-        TypeError, match=r"no setting 'host': choose from mqtt_url, client_id, .*tls_insecure"
+        TypeError, match=r"no setting 'colour': choose from mqtt_url, client_id, .*tls_insecure"
     ):
-        MQTTClientConfig(URL, "c", host="localhost")  # type: ignore[call-arg]
+        MQTTClientConfig(URL, "c", colour="red")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,8 @@ def test_a_keyword_like_no_other_is_answered_with_all_there_are() -> None:
         ("MQTT_", "MQTT_KEEP_ALIVE", "did you mean MQTT_KEEPALIVE?"),
         ("MQTT_", "MQTT_USER", "did you mean MQTT_USERNAME?"),
         ("MQTT_", "MQTT_HEALTH", "did you mean MQTT_ENABLE_HEALTH?"),
+        ("MQTT_", "MQTT_HOST", "did you mean MQTT_URL?"),
+        ("MQTT_", "MQTT_CLEAN_SESSION", "did you mean MQTT_SESSION_EXPIRY?"),
         ("KITCHEN", "KITCHEN_KEEPALIVE", "is the prefix 'KITCHEN_'?"),
     ],
 )

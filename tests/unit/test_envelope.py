@@ -204,6 +204,13 @@ def test_a_type_that_is_no_name_is_refused(event_type: Any) -> None:
         encode_event(event_type, {}, "s")
 
 
+def test_data_in_place_of_the_type_is_told_the_order() -> None:
+    with pytest.raises(
+        EncodeError, match="has an object under 'type'.*: the order is topic, event_type, data"
+    ):
+        encode_event({"celsius": 21.5}, "reading.taken", "s")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("correlation_id", [None, "c"])
 def test_a_source_that_is_no_string_is_refused(correlation_id: str | None) -> None:
     with pytest.raises(EncodeError, match="'source'"):
