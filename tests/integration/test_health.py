@@ -96,11 +96,17 @@ def test_reconnected_goes_out_ahead_of_what_waited(make_client):
         connection.accept()
         connection.answer(connection.expect(PacketType.PUBLISH))
 
-    with ScriptedBroker(end, accept_and_serve) as broker:
-        client = make_client(broker.url, "sensor", enable_health=True, reconnect_min_delay=0.5)
+    def serve_later(connection) -> None:
+        assert submitted.wait(30)
+        accept_and_serve(connection)
+
+    submitted = threading.Event()
+    with ScriptedBroker(end, serve_later) as broker:
+        client = make_client(broker.url, "sensor", enable_health=True, connect_timeout=60)
         client.connect()
         eventually(lambda: not client.connected)
         client.submit_event("a", "waited", None, qos=1)
+        submitted.set()
         packets = broker.wait_for(PacketType.PUBLISH, 3)
         client.shutdown()
     assert [mqtt.read_publish(packet, mqtt.V5).topic for packet in packets[:3]] == [HEALTH, HEALTH, "a"]
