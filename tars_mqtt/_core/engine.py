@@ -272,7 +272,7 @@ class Engine:
         """Ask the broker; the future is done at once when there is no connection to ask on."""
         waiter: Future[None] = Future()
         entry = self._registry.router.get(registration.topic)
-        if entry is None or not self._session.running:
+        if entry is None or not self._session.thread.running:
             waiter.set_result(None)
         else:
             self._session.subscribe(entry, registration, waiter)
@@ -298,7 +298,7 @@ class Engine:
         self.dispatcher.remove(registration.consumer)
         if entry is None:
             waiter.set_result(None)
-        elif self._session.running:
+        elif self._session.thread.running:
             self._session.unsubscribe(entry, waiter)
         else:
             self._session.forget(entry)
@@ -308,7 +308,7 @@ class Engine:
     def abandon(self, registration: Registration, taken: Taken | None) -> None:
         """Nobody refers to an iterator any more. Takes no lock: the collector may call at any point."""
         if not registration.consumer.closed and not self.life.forked:
-            self._session.call(lambda: self._abandoned(registration, taken))
+            self._session.thread.call(lambda: self._abandoned(registration, taken))
 
     def _remove_iterators(self) -> None:
         """Nobody would take what comes after a later `connect`."""

@@ -147,11 +147,11 @@ class Life:
             if self._shutting_down.locked():
                 raise ClosedError("the client is being shut down: call connect() when that is over")
             shutdowns = self._shutdowns
-            if self._session.leaving and not self._session.leave(_until(deadline)):
+            if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
                 raise _still_leaving()
             # Asked before the thread starts: its first connection may come and go before this one looks.
-            starts = not self._session.running or self._first is None or not self._first.done()
-            if not self._session.running:
+            starts = not self._session.thread.running or self._first is None or not self._first.done()
+            if not self._session.thread.running:
                 self._start()
             assert self._first is not None
             attempt = Attempt(self._first, starts)
@@ -168,7 +168,7 @@ class Life:
             self.over(attempt)
             raise ClosedError("the client was shut down while it connected")
         if self._called_off and not attempt.first.done():
-            self._session.interrupt()  # a signal came before there was anything to interrupt
+            self._session.thread.interrupt()  # a signal came before there was anything to interrupt
         return attempt
 
     def _start(self) -> None:
@@ -219,7 +219,7 @@ class Life:
         """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
         self._called_off = True
         if self._first is not None and not self._first.done():
-            self._session.interrupt()
+            self._session.thread.interrupt()
 
     def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
         """End the network thread; what is queued stays queued. False when it does not end in time.
@@ -236,7 +236,7 @@ class Life:
             return True
         if not self._closing:
             self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
-        ended = self._session.leave(timeout)
+        ended = self._session.thread.leave(timeout)
         if not self._closing:
             self._state.set(ConnectionState.DISCONNECTED)
         return ended
@@ -248,7 +248,7 @@ class Life:
     def disconnect(self) -> None:
         """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""
         self.check()
-        if not self._session.running:
+        if not self._session.thread.running:
             return
         deadline = time.monotonic() + self._config.shutdown_timeout
         self._say_goodbye("disconnected", deadline)
@@ -298,10 +298,10 @@ class Life:
         if not self._dispatcher.wait_idle(left(2 * reserve), own, reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
         self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
-        if self._session.running:
+        if self._session.thread.running:
             self._backlog.wait_flushed(left(2 * reserve))
             self._say_goodbye("shutdown", deadline - reserve)
-            if not self._session.leave(left()):
+            if not self._session.thread.leave(left()):
                 logger.warning("shutdown: the network thread is stuck in the operating system", extra=extra)
         lost = self._outbound.abandon()
         if lost:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -17,6 +14,7 @@ from tars_mqtt._core.backoff import Backoff
 from tars_mqtt._core.connector import MQTT_5, Connection, Connector, curable
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.liveness import Liveness
+from tars_mqtt._core.network import NetworkThread
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.state import ConnectionState, StateCell
@@ -75,11 +73,7 @@ class TakenOverError(ConnectionLostError):
 
 
 class Session:
-    """Runs the network thread.
-
-    `start` and `leave` bracket one life of it; the object can be started again. Everything but the
-    methods in the first group runs on that thread.
-    """
+    """What the network thread does. Everything but the methods in the first group runs on it."""
 
     def __init__(
         self,
@@ -100,9 +94,7 @@ class Session:
         self._subscriber = Subscriber(registry, self.transport, config.client_id)
         self.inbound: Inbound
         # Any thread:
-        self._commands: deque[Callable[[], None]] = deque()
-        self._thread: threading.Thread | None = None
-        self._leave_by: float | None = None
+        self.thread = NetworkThread(transport, config.client_id)
         self.last_error: str | None = None
         self.ping_round_trip: float | None = None
         self.connections = 0
@@ -123,53 +115,10 @@ class Session:
 
     def start(self) -> Future[None]:
         """Start the network thread; the future tells how the first connection came out."""
-        first: Future[None] = Future()
-        self._first = first
-        self._leave_by = None
+        self._first = first = Future[None]()
         self._backoff.reset()
-        self.transport.start()
-        self._thread = threading.Thread(
-            target=self._run, name=f"tars-mqtt/{self._config.client_id}/network", daemon=True
-        )
-        try:
-            self._thread.start()
-        except BaseException:
-            self._thread = None
-            self.transport.close()
-            raise
+        self.thread.start(self._run)
         return first
-
-    def interrupt(self) -> None:
-        """End the network thread and do not wait for it. For signal handlers too."""
-        self._leave_by = time.monotonic()
-        self.transport.wake()
-
-    def leave(self, timeout: float) -> bool:
-        """Say goodbye and end the network thread; False when it does not end in time."""
-        thread = self._thread
-        if thread is None:
-            return True
-        self._leave_by = time.monotonic() + timeout
-        self.transport.wake()
-        if thread.ident is None:
-            return False  # about to start, and to end at once
-        # The goodbye keeps to the deadline; the thread needs a moment more to end.
-        thread.join(timeout + 0.5)
-        if thread.is_alive():
-            return False
-        self._thread = None
-        return True
-
-    @property
-    def running(self) -> bool:
-        """Whether there is a network thread."""
-        thread = self._thread
-        return thread is not None and (thread.ident is None or thread.is_alive())
-
-    @property
-    def leaving(self) -> bool:
-        """Whether there is one that is about to end."""
-        return self.running and self._leave_by is not None
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -179,26 +128,21 @@ class Session:
 
     def subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         """Have the broker asked for a filter; *waiter* is told the answer."""
-        self.call(lambda: self._subscribe(entry, registration, waiter))
+        self.thread.call(lambda: self._subscribe(entry, registration, waiter))
 
     def unsubscribe(self, entry: FilterEntry, waiter: Future[None]) -> None:
         """Have the broker told that a filter is not needed any more; *waiter* is told the answer."""
-        self.call(lambda: self._subscriber.unsubscribe(entry, waiter))
+        self.thread.call(lambda: self._subscriber.unsubscribe(entry, waiter))
 
     def forget(self, entry: FilterEntry) -> None:
         """While there is no network thread: have the broker told of it on the next connection."""
         self._subscriber.forget(entry)
 
-    def call(self, command: Callable[[], None]) -> None:
-        """Have *command* run on the network thread, now or when there is one again. Takes no lock."""
-        self._commands.append(command)
-        self.transport.wake()
-
     # -- the thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while self._leave_by is None:
+            while self.thread.leave_by is None:
                 try:
                     delay = self._one_connection()
                 except Interrupted:
@@ -212,7 +156,7 @@ class Session:
                 self._wait(delay)
         finally:
             self.transport.close()
-            self._run_commands()
+            self.thread.run_commands()
             self._settle_first(ClosedError("the client was shut down while it connected"))
 
     def _one_connection(self) -> float:
@@ -243,7 +187,7 @@ class Session:
         self.transport.drop()
         self.last_error = str(error)
         if not is_curable and self._settle_first(error):
-            self._leave_by = time.monotonic()
+            self.thread.interrupt()
             return 0.0
         delay = self._backoff.next() if is_curable else self._backoff.longest()
         logger.log(
@@ -277,18 +221,14 @@ class Session:
         until = time.monotonic() + delay
         while True:
             self.transport.acknowledge_wake()  # before all looks, or the wake between would be slept through
-            self._run_commands()
+            self.thread.run_commands()
             now = time.monotonic()
-            if now >= until or self._leave_by is not None:
+            if now >= until or self.thread.leave_by is not None:
                 return
             self.transport.sleep(until - now)
 
     def _interrupted(self) -> bool:
-        return self._leave_by is not None
-
-    def _run_commands(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
+        return self.thread.leave_by is not None
 
     # -- a connection begins ------------------------------------------------------------------
 
@@ -339,14 +279,14 @@ class Session:
             for event in events:
                 self._on(event)
             transport.acknowledge_wake()
-            if self._leave_by is not None:
+            leave_by = self.thread.leave_by
+            if leave_by is not None:
                 break
-            if self._commands:
-                self._run_commands()
+            self.thread.run_commands()
             transport.write_all(inbound.acknowledgements())
             more = outbound.pump(transport.write_all, transport.unsent_bytes)
             events = transport.poll(self._until_next_duty(), more, outbound.patience)
-        self._say_goodbye(self._leave_by)
+        self._say_goodbye(leave_by)
 
     def _on(self, event: Event) -> None:
         match event:

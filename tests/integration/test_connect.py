@@ -233,7 +233,7 @@ def test_a_connect_behind_a_slow_disconnect_takes_its_own_time_and_no_more(make_
     client.submit_event("a", "n", "x" * 20_000_000, qos=1)  # more than the socket takes
     leaving = in_thread(client.disconnect)
     session = getattr(client, "unwrapped", client)._engine._session
-    eventually(lambda: session.leaving)
+    eventually(lambda: session.thread.leaving)
     started = time.monotonic()
     with pytest.raises(ConnectError):
         client.connect(timeout=2.0)
@@ -290,7 +290,7 @@ def test_a_connect_that_a_hasty_shutdown_overtakes_leaves_nothing_running(make_c
     with pytest.raises(ClosedError):
         connecting.result(30)
     assert client.state is ConnectionState.CLOSED
-    assert not engine._session.running
+    assert not engine._session.thread.running
     monkeypatch.undo()
     client.connect()
 
@@ -303,7 +303,7 @@ def test_whoever_is_called_off_between_two_looks_does_not_sleep_through_the_dela
     def call_off_and_acknowledge():
         if session._backoff.attempt and armed:
             armed.clear()
-            session.interrupt()
+            session.thread.interrupt()
         acknowledge()
 
     monkeypatch.setattr(session.transport, "acknowledge_wake", call_off_and_acknowledge)
@@ -523,8 +523,8 @@ def test_connect_during_an_outage_waits_for_the_connection(make_client, broker):
 def test_connect_and_disconnect_at_once_leave_a_client_that_works(broker, monkeypatch):
     """The end of the old connection does not refuse the messages of the new one."""
     with MQTTClient(broker.url, "me") as client:
-        session, connecting = client._engine._session, []
-        leave = session.leave
+        thread, connecting = client._engine._session.thread, []
+        leave = thread.leave
 
         def leave_slowly(timeout):
             monkeypatch.undo()
@@ -533,7 +533,7 @@ def test_connect_and_disconnect_at_once_leave_a_client_that_works(broker, monkey
             time.sleep(0.3)  # the other thread goes as far as it is let
             return ended
 
-        monkeypatch.setattr(session, "leave", leave_slowly)
+        monkeypatch.setattr(thread, "leave", leave_slowly)
         client.disconnect()
         connecting[0].result(10)
         client.publish("a", "x", qos=1)

@@ -163,7 +163,7 @@ def besiege(
         events = poll(0.0, more, patience)
         idle = idle + 1 if wire.looks == before else 0
         if idle > _PATIENCE:
-            session._leave_by = time.monotonic()
+            session.thread.leave_by = time.monotonic()
         return events
 
     measured: list[tuple[int, int, int]] = []

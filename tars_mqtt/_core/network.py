@@ -1,0 +1,85 @@
+"""The network thread: its start and its end, and what others have it do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from tars_mqtt._core.transport import Transport
+
+_MOMENT = 0.5
+"""Seconds that the thread needs to end after the deadline of its goodbye."""
+
+
+class NetworkThread:
+    """Runs the story of the connection. `start` and `leave` bracket one life of it; it can be started again.
+
+    Any thread, but for `run_commands`.
+    """
+
+    def __init__(self, transport: Transport, client_id: str) -> None:
+        self._transport = transport
+        self._name = f"tars-mqtt/{client_id}/network"
+        self._commands: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self.leave_by: float | None = None
+        """When the goodbye must be said, on the monotonic clock; None as long as nobody wants it to end."""
+
+    def start(self, story: Callable[[], None]) -> None:
+        """Run *story*, which ends soon once there is a `leave_by`, and closes the transport.
+
+        Raises:
+            OSError, RuntimeError: There are no more descriptors, or no more threads; nothing was started.
+        """
+        self.leave_by = None
+        self._transport.start()
+        self._thread = threading.Thread(target=story, name=self._name, daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._thread = None
+            self._transport.close()
+            raise
+
+    def interrupt(self) -> None:
+        """Have it end, and do not wait for it. For signal handlers too."""
+        self.leave_by = time.monotonic()
+        self._transport.wake()
+
+    def leave(self, timeout: float) -> bool:
+        """Have it say goodbye and end; False when it does not end in time."""
+        thread = self._thread
+        if thread is None:
+            return True
+        self.leave_by = time.monotonic() + timeout
+        self._transport.wake()
+        if thread.ident is None:
+            return False  # about to start, and to end at once
+        thread.join(timeout + _MOMENT)
+        if thread.is_alive():
+            return False
+        self._thread = None
+        return True
+
+    @property
+    def running(self) -> bool:
+        """Whether there is one."""
+        thread = self._thread
+        return thread is not None and (thread.ident is None or thread.is_alive())
+
+    @property
+    def leaving(self) -> bool:
+        """Whether there is one that is about to end."""
+        return self.running and self.leave_by is not None
+
+    def call(self, command: Callable[[], None]) -> None:
+        """Have *command* run on it, now or when there is one again. Takes no lock."""
+        self._commands.append(command)
+        self._transport.wake()
+
+    def run_commands(self) -> None:
+        """Run what others have asked for. Network thread."""
+        while self._commands:
+            self._commands.popleft()()
