@@ -22,6 +22,7 @@ from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, ConfigError, SubscribeError
 from tars_mqtt.message import PublishReceipt
+from tars_mqtt.settings import Overrides, Settings
 from tars_mqtt.subscription import MessageIterator, Subscription
 from tars_mqtt.topics import check_filter
 
@@ -52,14 +53,12 @@ class MQTTClient:
     """
 
     def __init__(
-        self, mqtt_url: str, client_id: str, source_name: str | None = None, **settings: Any
+        self, mqtt_url: str, client_id: str, source_name: str | None = None, **settings: Unpack[Settings]
     ) -> None:
-        if source_name is not None:
-            settings["source_name"] = source_name
-        self._start_up(MQTTClientConfig(mqtt_url, client_id, **settings))
+        self._start_up(MQTTClientConfig(mqtt_url, client_id, source_name, **settings))
 
     @classmethod
-    def from_env(cls, prefix: str = "MQTT_", **overrides: Any) -> Self:
+    def from_env(cls, prefix: str = "MQTT_", **overrides: Unpack[Overrides]) -> Self:
         """Make a client from environment variables; *overrides* win over them.
 
         Raises:

@@ -9,12 +9,13 @@ import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypeVar, Unpack
 
 import attrs
 
 from tars_mqtt import rule
 from tars_mqtt.errors import ConfigError
+from tars_mqtt.settings import Overrides
 from tars_mqtt.url import BrokerURL, parse_proxy, parse_urls
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ class MQTTClientConfig:
 
     @classmethod
     def from_env(
-        cls, prefix: str = "MQTT_", environ: Mapping[str, str] | None = None, **overrides: Any
+        cls, prefix: str = "MQTT_", environ: Mapping[str, str] | None = None, **overrides: Unpack[Overrides]
     ) -> Self:
         """Read the settings from environment variables; an empty variable is an unset one.
 
@@ -327,8 +328,9 @@ class MQTTClientConfig:
         for field in fields:
             if raw := environ.get(variables[field.name]):
                 values[field.name] = _structured(raw, type(field.default))
+        values.update(overrides)
         try:
-            return cls(**(values | overrides))
+            return cls(**values)
         except ConfigError as error:
             problems = [problem.split(" ", 1) for problem in error.problems]
         variables |= dict.fromkeys(overrides, "given by keyword")

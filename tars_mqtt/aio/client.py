@@ -30,6 +30,7 @@ from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError
+from tars_mqtt.settings import Overrides, Settings
 from tars_mqtt.topics import check_filter
 
 __all__ = ["MQTTClient"]
@@ -46,14 +47,12 @@ class MQTTClient:
     """
 
     def __init__(
-        self, mqtt_url: str, client_id: str, source_name: str | None = None, **settings: Any
+        self, mqtt_url: str, client_id: str, source_name: str | None = None, **settings: Unpack[Settings]
     ) -> None:
-        if source_name is not None:
-            settings["source_name"] = source_name
-        self._start_up(MQTTClientConfig(mqtt_url, client_id, **settings))
+        self._start_up(MQTTClientConfig(mqtt_url, client_id, source_name, **settings))
 
     @classmethod
-    def from_env(cls, prefix: str = "MQTT_", **overrides: Any) -> Self:
+    def from_env(cls, prefix: str = "MQTT_", **overrides: Unpack[Overrides]) -> Self:
         """Make a client from environment variables; *overrides* win over them."""
         return cls.from_config(MQTTClientConfig.from_env(prefix, **overrides))
 

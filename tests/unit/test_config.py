@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import attrs
 import pytest
 
 from tars_mqtt import ConfigError, MQTTClientConfig
+from tars_mqtt.settings import Overrides
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -210,6 +211,17 @@ def test_a_keyword_like_no_other_is_answered_with_all_there_are() -> None:
         TypeError, match=r"no setting 'colour': choose from mqtt_url, client_id, .*tls_insecure"
     ):
         MQTTClientConfig(URL, "c", colour="red")  # type: ignore[call-arg]
+
+
+def test_type_checkers_know_every_setting_and_no_other() -> None:
+    """With its type, as far as that is not a converter's business."""
+    fields = {field.name: field.type for field in attrs.fields(MQTTClientConfig)}
+    known = get_type_hints(Overrides)
+    assert known.keys() == fields.keys()
+    hints = get_type_hints(MQTTClientConfig)
+    assert {name: hints[name] for name in known if name != "source_name"} == {
+        name: hint for name, hint in known.items() if name != "source_name"
+    }
 
 
 @pytest.mark.parametrize(
