@@ -215,9 +215,6 @@ class HandlerCall:
         """The handler raised: the next attempt, or a redelivery, will be handled."""
         self._claims.release(delivery)
         message = delivery.message
-        if not delivery.given_up:
-            delivery.error = _in_words(error)
-            self._counters.add("handler_failures")
         logger.error(
             "handler %s failed on a message of %r",
             self._name(),
@@ -225,6 +222,9 @@ class HandlerCall:
             exc_info=error,
             extra=log_fields(message, self._client_id),
         )
+        if not delivery.given_up:
+            delivery.error = _in_words(error)
+            self._counters.add("handler_failures")
         return Outcome.FAILED
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
