@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import re
 import threading
 import time
 from collections import deque
@@ -67,9 +66,8 @@ def dead_letter_topic(template: str, topic: str) -> str:
     """
     if not isinstance(template, str):
         raise TopicError(f"dead_letter must be a topic such as 'dead/{{topic}}', not {template!r}")
-    unknown = set(re.findall(r"\{\w*\}", template)) - {"{topic}"}
-    if unknown:
-        raise TopicError(f"dead_letter knows {{topic}} only, not {min(unknown)} (got {template!r})")
+    if set("{}") & set(template.replace("{topic}", "")):
+        raise TopicError(f"dead_letter knows {{topic}} and no other braces (got {template!r})")
     return check_topic(template.replace("{topic}", topic))
 
 

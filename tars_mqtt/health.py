@@ -41,8 +41,11 @@ class Health:
         """What was said last."""
         self._own: HealthPayload | None = None
         """What the service itself said last."""
+        self._own_receipt: PublishReceipt | None = None
         self._announced: list[PublishReceipt] = []
         """Of what was said when the connection came."""
+        self._left = False
+        """Whether the goodbye has been said."""
         # Owned by the network thread:
         self._next_heartbeat = float("inf")
         self._repeat_at = float("inf")
@@ -63,9 +66,12 @@ class Health:
             state = HealthPayload(ok=True, event="ready" if first else "reconnected")
             complaint = self._complaint()
             # Each goes ahead of all that waits, so the last word is queued first.
+            self._announced.clear()
             states = [state] if complaint is None else [complaint, state]
-            self._announced = [self._publish(each) for each in states]
-            self._state = states[0]
+            for each in states:
+                self._publish(each, greets=True)
+            waits = self._own_receipt is not None and not self._own_receipt.done()
+            self._state = self._own if waits else states[0]
             # By then the broker has given up any older connection of ours, whose will says we are dead.
             self._repeat_at = float("inf") if first else now + 1.5 * self._config.keepalive
         if self._config.enable_heartbeat:
@@ -108,8 +114,14 @@ class Health:
                     extra={"client_id": self._config.client_id},
                 )
             return None
-        self._own = state = HealthPayload(ok=ok, event=event, error=error)
-        return self._publish(state, timeout, wait_stored)
+        state = HealthPayload(ok=ok, event=event, error=error)
+        receipt = self._publish(state, timeout, wait_stored)
+        self._own, self._own_receipt = state, receipt
+        return receipt
+
+    def start(self) -> None:
+        """A life begins: there may be greetings again."""
+        self._left = False
 
     def handler_stuck(self, topic: str) -> None:
         """Publish that a handler does not return; not where there is no room."""
@@ -126,8 +138,10 @@ class Health:
             return None
         if event == "shutdown":
             self._own = None
-        for receipt in self._announced:
-            receipt.cancel()  # what has not left yet would come after this, and stay
+        # A greeting that has not left yet would come after this, and stay; one that is about to be queued as well.
+        self._left = True
+        for receipt in tuple(self._announced):
+            receipt.cancel()
         return self._publish(HealthPayload(ok=False, event=event))
 
     # -- inside -----------------------------------------------------------------------------
@@ -143,12 +157,20 @@ class Health:
                 self._publish(state, timeout=0.0, wait_stored=False)
 
     def _publish(
-        self, state: HealthPayload, timeout: float | None = None, wait_stored: bool = True
+        self,
+        state: HealthPayload,
+        timeout: float | None = None,
+        wait_stored: bool = True,
+        greets: bool = False,
     ) -> PublishReceipt:
         """Queue a state; without a timeout ahead of everything else, room or not."""
         envelope_id, payload = self._encode(HEALTH_TYPE, state.to_data())
         receipt = PublishReceipt(envelope_id, self._health_topic, 1)
         message = Outgoing(self._health_topic.encode(), payload, 1, True, receipt)
+        if greets:
+            self._announced.append(receipt)
+            if self._left:  # looked at after that, as the goodbye looks at what was announced after this
+                receipt.cancel()
         if timeout is None:
             self._backlog.admit_first(message)
         else:

@@ -339,16 +339,20 @@ class Backlog:
         """Have more read of what is on disk, if memory runs low of it."""
         if self._spool is not None and self._spool.wants_more(len(self.firm)):
             with self._room:
-                self._spool.load(self._loaded)
+                self._spool.load(partial(self._loaded, self._spool))
 
-    def _loaded(self, messages: list[Outgoing]) -> None:
+    def _loaded(self, spool: Spool, messages: list[Outgoing]) -> None:
         """More of what is on disk. Timer thread."""
         with self._room:
-            if self._spool is None:
-                return
-            self.firm.extend(messages)
-            self._spool.entered(messages)
-        self._wake()
+            ours = self._spool is spool
+            if ours:
+                self.firm.extend(messages)
+                spool.entered(messages)
+        if ours:
+            self._wake()
+            return
+        for message in messages:  # a shutdown came meanwhile
+            message.receipt._fail(left_in_outbox())
 
     def over(self, message: Outgoing, size: int) -> None:
         """A message of QoS 1 or 2, of that *size*, needs nothing more."""

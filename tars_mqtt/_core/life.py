@@ -40,6 +40,9 @@ _GOODBYE_SHARE = 0.1
 class Farewell(Protocol):
     """What the world is told at the end."""
 
+    def start(self) -> None:
+        """A life begins: there may be greetings again."""
+
     def goodbye(self, event: str) -> PublishReceipt | None:
         """Publish that the service goes; None where nobody is to be told."""
 
@@ -87,7 +90,7 @@ class Life:
         self.forked = False
         """Whether this is the child of a fork, and the client its parent's."""
         self._called_off = False
-        self._shutdowns = 0  # that have begun
+        self._overtaking = 0  # shutdowns that had no time to wait for the lock
         self._attempts: set[Attempt] = set()  # that are waited for; each step on it is atomic
         # Guarded by _lock:
         self._lock = threading.Lock()
@@ -124,11 +127,15 @@ class Life:
         """Wait for the connection of a client that had one already, and is about to get the next."""
         if not self._state.wait(lambda state: state not in TRYING, _until(deadline)):
             raise FutureTimeoutError
-        self.check_connected()
+        self.check_not_left()
 
-    def check_connected(self) -> None:
-        """Refuse to take for a connection what is none any more."""
-        if self._state.value is not ConnectionState.CONNECTED:
+    def check_not_left(self) -> None:
+        """Refuse to take for a connection what is none, and will be none by itself."""
+        if self._state.value in (
+            ConnectionState.DISCONNECTED,
+            ConnectionState.CLOSING,
+            ConnectionState.CLOSED,
+        ):
             raise ClosedError("the client left the broker while it connected")
 
     # The parts of `connect`, for callers that wait in another way: `begin`, and `over` in the end.
@@ -144,9 +151,9 @@ class Life:
         if not self._lock.acquire(timeout=_until(deadline)):
             raise _still_leaving()
         try:
+            overtaking = self._overtaking  # before the look at what may overtake
             if self._shutting_down.locked():
                 raise ClosedError("the client is being shut down: call connect() when that is over")
-            shutdowns = self._shutdowns
             if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
                 raise _still_leaving()
             # Asked before the thread starts: its first connection may come and go before this one looks.
@@ -156,34 +163,48 @@ class Life:
             assert self._first is not None
             attempt = Attempt(self._first, starts)
             self._attempts.add(attempt)
-            overtaken = shutdowns != self._shutdowns
+            overtaken = overtaking != self._overtaking
+            if overtaken:
+                self._session.thread.interrupt()  # under the lock: nobody joins what is about to end
         finally:
             self._lock.release()
         if overtaken:
-            # By a shutdown that had no time to wait for the lock: it has not seen what was started here.
-            with self._shutting_down:
+            self._finish_overtaken(attempt)
+            raise ClosedError("the client was shut down while it connected")
+        if self._called_off:
+            self.call_off()  # a signal came before there was anything to interrupt
+        return attempt
+
+    def _finish_overtaken(self, attempt: Attempt) -> None:
+        """A shutdown has not seen what was started here: shut that down, too, unless others have started anew."""
+        with self._shutting_down:
+            with self._lock:
+                alone = self._first is attempt.first
+            if alone:
                 own = self._dispatcher.own_work()
                 reader = threading.current_thread()
                 self._shutdown(time.monotonic() + self._config.shutdown_timeout, 0.0, own, reader)
-            self.over(attempt)
-            raise ClosedError("the client was shut down while it connected")
-        if self._called_off and not attempt.first.done():
-            self._session.thread.interrupt()  # a signal came before there was anything to interrupt
-        return attempt
+        self.over(attempt)
 
     def _start(self) -> None:
         """Holds the lock."""
         self._prepare()
         try:
             self._state.set(ConnectionState.CONNECTING)
+            self._farewell.start()
             self._dispatcher.start()
             self._backlog.open()
             self._session.inbound.open()
             self._first = self._session.start()
-        except (OSError, RuntimeError) as error:  # no more open files, or no more threads
+        except BaseException as error:
+            self._session.thread.interrupt()  # Ctrl-C may come when it has just started
             self._backlog.refuse(_not_started())
             self._state.set(ConnectionState.DISCONNECTED)
-            raise ConnectError(f"the client cannot start: {error}; check what the process may use") from error
+            if isinstance(error, (OSError, RuntimeError)):  # no more open files, or no more threads
+                raise ConnectError(
+                    f"the client cannot start: {error}; check what the process may use"
+                ) from error
+            raise
 
     def timed_out(self, attempt: Attempt, timeout: float) -> ConnectError:
         """The caller has waited long enough: what to tell him. The last one for whom a client starts stops it."""
@@ -198,12 +219,13 @@ class Life:
 
     def failed(self, attempt: Attempt) -> None:
         """There will be no connection: leave nothing running."""
-        self.stop_network(0.0, attempt.first)
+        if attempt.starts:
+            self.stop_network(0.0, attempt.first)
 
     def give_up(self, attempt: Attempt) -> bool:
         """The caller waits no longer. Stops what only he has waited for; True if nothing runs then."""
         self.over(attempt)
-        if not attempt.starts:
+        if not attempt.starts or _came_about(attempt.first):
             return False
         with self._lock:
             if any(other.first is attempt.first for other in tuple(self._attempts)):
@@ -218,7 +240,7 @@ class Life:
     def call_off(self) -> None:
         """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
         self._called_off = True
-        if self._first is not None and not self._first.done():
+        if self._first is not None and (not self._first.done() or self._state.value in TRYING):
             self._session.thread.interrupt()
 
     def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
@@ -289,11 +311,12 @@ class Life:
 
         extra = {"client_id": self._config.client_id}
         # A `connect` that is about to begin has begun by then, is refused, or finds that it was overtaken.
-        self._shutdowns += 1
         begun = self._lock.acquire(timeout=left())
         self._state.set(ConnectionState.CLOSING)
         if begun:
             self._lock.release()
+        else:
+            self._overtaking += 1
         self._session.inbound.close()
         if not self._dispatcher.wait_idle(left(2 * reserve), own, reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
@@ -311,6 +334,10 @@ class Life:
         self._retire()
         self._state.set(ConnectionState.CLOSED)
         logger.info("shut down", extra=extra)
+
+
+def _came_about(first: Future[None]) -> bool:
+    return first.done() and (first.exception() is None or isinstance(first.exception(), SubscribeError))
 
 
 def _until(deadline: float) -> float:

@@ -24,6 +24,7 @@ class NetworkThread:
         self._name = f"tars-mqtt/{client_id}/network"
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
+        self._starting = False
         self.leave_by: float | None = None
         """When the goodbye must be said, on the monotonic clock; None as long as nobody wants it to end."""
 
@@ -35,13 +36,16 @@ class NetworkThread:
         """
         self.leave_by = None
         self._transport.start()
+        self._starting = True
         self._thread = threading.Thread(target=story, name=self._name, daemon=True)
         try:
             self._thread.start()
-        except BaseException:
+        except (OSError, RuntimeError, MemoryError):  # not of Ctrl-C, which comes when it runs already
             self._thread = None
             self._transport.close()
             raise
+        finally:
+            self._starting = False
 
     def interrupt(self) -> None:
         """Have it end, and do not wait for it. For signal handlers too."""
@@ -67,7 +71,7 @@ class NetworkThread:
     def running(self) -> bool:
         """Whether there is one."""
         thread = self._thread
-        return thread is not None and (thread.ident is None or thread.is_alive())
+        return thread is not None and (self._starting or thread.is_alive())
 
     @property
     def leaving(self) -> bool:

@@ -157,6 +157,8 @@ class Session:
         finally:
             self.transport.close()
             self.thread.run_commands()
+            for state in (ConnectionState.CONNECTING, ConnectionState.RECONNECTING):
+                self._state.replace(state, ConnectionState.DISCONNECTED)  # nobody tries any more
             self._settle_first(ClosedError("the client was shut down while it connected"))
 
     def _one_connection(self) -> float:
@@ -267,7 +269,8 @@ class Session:
         self._restore_by = float("inf")
         for state in (ConnectionState.CONNECTING, ConnectionState.RECONNECTING):  # and not out of a shutdown
             self._state.replace(state, ConnectionState.CONNECTED)
-        self._companion.ready(first=self.connections == 1)
+        if self._state.value is ConnectionState.CONNECTED:
+            self._companion.ready(first=self.connections == 1)
         self._settle_first(self._subscriber.take_refusals())
 
     # -- it goes on ---------------------------------------------------------------------------

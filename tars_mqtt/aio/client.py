@@ -102,12 +102,15 @@ class MQTTClient:
             self._stop = None  # of the loop before
         return loop
 
-    async def _blocking(self, call: Callable[..., T], *args: Any) -> T:
-        """Run what blocks on a thread of ours: the loop's default executor may be full of other work."""
+    def _blocking(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Run what blocks on a thread of ours: the loop's default executor may be full of other work.
+
+        No task: a loop that ends cancels all of those.
+        """
         if self._executor is None:
             name = f"tars-mqtt/{self.config.client_id}/blocking"
             self._executor = ThreadPoolExecutor(4, thread_name_prefix=name)
-        return await self._on_loop().run_in_executor(self._executor, call, *args)
+        return self._on_loop().run_in_executor(self._executor, call, *args)
 
     # -- connection -------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class MQTTClient:
             await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit))))
             await self._connected(attempts[0], deadline)
         except TimeoutError:
-            raise await self._blocking(life.timed_out, attempts[0], limit) from None
+            raise await _to_the_end(self._blocking(life.timed_out, attempts[0], limit)) from None
         except SubscribeError as error:  # the client is connected
             raise SubscribeError(str(error), error.refused) from error
         except TarsMQTTError:
@@ -144,10 +147,13 @@ class MQTTClient:
     async def _connected(self, attempt: Attempt, deadline: float | None) -> None:
         """Wait without a thread: many may wait for one client, through an outage without end."""
         async with asyncio.timeout_at(deadline):
-            await self._outcome(attempt.first, None)
+            if attempt.first.done():  # also where there is no time to wait
+                attempt.first.result()
+            else:
+                await self._outcome(attempt.first, None)
             if not attempt.starts:
                 await self._until(lambda state: state not in TRYING)
-                self._engine.life.check_connected()
+                self._engine.life.check_not_left()
 
     async def _until(self, predicate: Callable[[ConnectionState], bool]) -> None:
         changed = asyncio.Event()
@@ -184,11 +190,11 @@ class MQTTClient:
         own = self._dispatcher.own_work()
         handler = handler_task.get() if own else None
         spared = self._dispatcher.spared
-        spared.add(handler)
+        spared.append(handler)
         try:
             await _to_the_end(self._blocking(self._engine.life.shutdown, limit, own, asyncio.current_task()))
         finally:
-            spared.discard(handler)
+            spared.remove(handler)
             self._release_executor()
 
     def _release_executor(self) -> None:
@@ -486,19 +492,20 @@ def _rest(limit: float | None, started: float, loop: asyncio.AbstractEventLoop) 
     return None if limit is None else max(0.0, limit - (loop.time() - started))
 
 
-async def _to_the_end(work: Any) -> None:
+async def _to_the_end(work: asyncio.Future[T]) -> T:
     """Await *work*; a cancellation of the waiting task is delivered when it is done."""
-    task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
+    while not work.done():
         try:
-            await asyncio.shield(task)
+            await asyncio.shield(work)
         except asyncio.CancelledError as error:
-            if task.cancelled():
+            if work.cancelled():
                 raise
             cancelled = error
+        except Exception:  # told below
+            break
     if cancelled is not None:
         with contextlib.suppress(Exception):
-            task.result()
+            work.result()
         raise cancelled
-    task.result()
+    return work.result()

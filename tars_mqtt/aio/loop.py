@@ -167,8 +167,8 @@ class LoopDispatcher(WorkerPool):
     def __init__(self, bridge: Bridge, *args: Any) -> None:
         super().__init__(*args)
         self._bridge = bridge
-        self.spared: set[asyncio.Task[None] | None] = set()
-        """Handlers that asked for a shutdown, and wait for it: not to be cancelled by it."""
+        self.spared: list[asyncio.Task[None] | None] = []
+        """Handlers that wait for a shutdown that they asked for, once for each: not to be cancelled by it."""
         self._called = False
         """Whether the loop is about to look at its turns."""
         # Guarded by _lock:
@@ -396,7 +396,7 @@ class LoopDispatcher(WorkerPool):
 
     def _others(self) -> set[asyncio.Task[None]]:
         """All tasks but those that are spared."""
-        return set(self._tasks) - self.spared
+        return set(self._tasks) - set(self.spared)
 
     def _cancel(self, looked: threading.Event) -> None:
         for task in self._others():

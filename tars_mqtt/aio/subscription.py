@@ -99,7 +99,7 @@ class MessageIterator(AsyncIterator[Message]):
         """Subscribe, once; who waits no longer for the answer leaves that to the next one who asks."""
         if self._asked is None:
             self._asked = self._client._engine.subscribe(self._registration)
-        elif self._asked.done() or self._consumer.closed:
+        elif self._consumer.closed or (self._asked.done() and self._asked.exception() is None):
             return
         await self._client._answered(self._asked, self._registration, self._client.config.connect_timeout)
 
