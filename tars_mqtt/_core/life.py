@@ -92,6 +92,8 @@ class Life:
         self._called_off = False
         self._overtaking = 0  # shutdowns that had no time to wait for the lock
         self._attempts: set[Attempt] = set()  # that are waited for; each step on it is atomic
+        self._has_come: Future[None] | None = None
+        """Of the starts, the last one that somebody has a connection of."""
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
@@ -113,9 +115,11 @@ class Life:
             attempt.first.result(_until(deadline))
             if not attempt.starts:  # the first connection was there, even if it is gone by now
                 self._await_connection(deadline)
+            self.came_about(attempt)
         except FutureTimeoutError:
             raise self.timed_out(attempt, timeout) from None
-        except SubscribeError as error:  # the client is connected
+        except SubscribeError as error:
+            self.came_about(attempt)
             raise SubscribeError(str(error), error.refused) from error
         except TarsMQTTError:
             self.failed(attempt)
@@ -225,13 +229,19 @@ class Life:
     def give_up(self, attempt: Attempt) -> bool:
         """The caller waits no longer. Stops what only he has waited for; True if nothing runs then."""
         self.over(attempt)
-        if not attempt.starts or _came_about(attempt.first):
+        if not attempt.starts:
             return False
         with self._lock:
-            if any(other.first is attempt.first for other in tuple(self._attempts)):
+            if self._has_come is attempt.first or any(
+                other.first is attempt.first for other in tuple(self._attempts)
+            ):
                 return False
             self._stop_network(0.0, attempt.first)
             return True
+
+    def came_about(self, attempt: Attempt) -> None:
+        """Somebody has the connection that was waited for: nobody else may take it away by giving up."""
+        self._has_come = attempt.first
 
     def over(self, attempt: Attempt) -> None:
         """Nobody waits for it any more."""
@@ -334,10 +344,6 @@ class Life:
         self._retire()
         self._state.set(ConnectionState.CLOSED)
         logger.info("shut down", extra=extra)
-
-
-def _came_about(first: Future[None]) -> bool:
-    return first.done() and (first.exception() is None or isinstance(first.exception(), SubscribeError))
 
 
 def _until(deadline: float) -> float:

@@ -126,9 +126,11 @@ class MQTTClient:
         try:
             await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit))))
             await self._connected(attempts[0], deadline)
+            life.came_about(attempts[0])
         except TimeoutError:
             raise await _to_the_end(self._blocking(life.timed_out, attempts[0], limit)) from None
-        except SubscribeError as error:  # the client is connected
+        except SubscribeError as error:
+            life.came_about(attempts[0])
             raise SubscribeError(str(error), error.refused) from error
         except TarsMQTTError:
             if attempts:

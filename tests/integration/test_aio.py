@@ -25,6 +25,8 @@ from tars_mqtt.aio import (
     QueueFullError,
     SubscribeError,
 )
+from tests.support import PacketType, ScriptedBroker
+from tests.support import packet as mqtt
 from tests.support.wait import eventually
 
 if TYPE_CHECKING:
@@ -688,6 +690,64 @@ async def test_an_iterator_that_the_broker_does_not_answer_says_so_and_ends(prox
             await messages.next()
         assert await messages.next() is None
         proxy.resume()
+
+
+async def test_an_iterator_that_is_refused_after_a_wait_was_cut_short_says_so() -> None:
+    answer = threading.Event()
+
+    def refuse(connection) -> None:
+        connection.accept()
+        asked = connection.expect(PacketType.SUBSCRIBE)
+        assert answer.wait(30)
+        connection.send(mqtt.suback(asked.packet_id, [0x87], level=connection.level))
+        connection.serve()
+
+    with ScriptedBroker(refuse) as broker:
+        async with MQTTClient(broker.url, "me", **QUICK) as client:
+            messages = client.messages("secret/#")
+            with pytest.raises(TimeoutError):
+                await messages.next(0.05)
+            answer.set()
+            with pytest.raises(SubscribeError, match="Not authorized"):
+                await messages.next()
+            assert await messages.next() is None
+
+
+async def test_a_connected_client_needs_no_time_to_connect(broker: Broker) -> None:
+    async with MQTTClient(broker.url, "me", **QUICK) as client:
+        for _ in range(20):
+            await client.connect(timeout=0)
+
+
+async def test_a_handler_that_shuts_down_twice_at_once_is_not_cancelled_by_that(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "me", shutdown_timeout=30)
+    ended: list[str] = []
+
+    @client.on("end")
+    async def end(payload: bytes) -> None:
+        await asyncio.gather(client.shutdown(), client.shutdown())
+        ended.append("in good order")
+
+    await client.connect()
+    await client.publish("end", b"")
+    async with asyncio.timeout(15):
+        await until(lambda: client.state is ConnectionState.CLOSED and ended)
+    await client.shutdown()
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_connect_leaves_nothing_behind(broker: Broker) -> None:
+    clients: list[MQTTClient] = []
+
+    async def leave() -> None:
+        clients.append(client := MQTTClient(broker.url, "me", **QUICK))
+        task = asyncio.create_task(client.connect())
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    for _ in range(5):
+        asyncio.run(leave())
+        assert not clients[-1]._engine.life._attempts
+        eventually(lambda: not clients[-1]._engine._session.thread.running)
 
 
 async def test_health_waits_for_room_as_every_publish_does(broker: Broker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import selectors
@@ -21,6 +22,7 @@ from tars_mqtt import (
     NotConnectedError,
     SubscribeError,
 )
+from tars_mqtt._core.life import Attempt
 from tests.support import (
     LeakCheck,
     PacketType,
@@ -293,6 +295,61 @@ def test_a_connect_that_a_hasty_shutdown_overtakes_leaves_nothing_running(make_c
     assert not engine._session.thread.running
     monkeypatch.undo()
     client.connect()
+
+
+def test_who_connects_after_a_hasty_shutdown_has_a_connection_of_his_own(make_client, broker, monkeypatch):
+    """The one that it overtook takes it away from nobody."""
+    client = make_client(broker.url)
+    engine = getattr(client, "unwrapped", client)._engine
+    preparing, go_on = threading.Event(), threading.Event()
+
+    def prepare():
+        preparing.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(engine.life, "_prepare", prepare)
+    overtaken = in_thread(engine.life.connect, 30)
+    assert preparing.wait(30)
+    client.shutdown(timeout=0.05)
+    later = in_thread(engine.life.connect, 30)
+    time.sleep(0.05)
+    monkeypatch.undo()
+    go_on.set()
+    with pytest.raises(ClosedError):
+        overtaken.result(30)
+    with contextlib.suppress(ClosedError):  # while the first one's start is being undone
+        later.result(30)
+    eventually(lambda: engine.life._shutting_down.locked() is False)
+    client.connect()
+    client.publish_event("a", "n", 1, qos=1)
+
+
+def test_a_signal_calls_off_the_wait_for_the_next_connection_too(make_client, broker):
+    client = make_client(broker.url)
+    client.connect()
+    engine = getattr(client, "unwrapped", client)._engine
+    broker.kill()
+    eventually(lambda: client.state is ConnectionState.RECONNECTING)
+    waiting = in_thread(client.connect, None)
+    eventually(lambda: engine.life._attempts)
+    engine.life.call_off()
+    with pytest.raises(ClosedError):
+        waiting.result(30)
+
+
+def test_who_gives_up_a_connection_that_has_come_about_takes_it_from_nobody(make_client, broker):
+    client = make_client(broker.url)
+    life = getattr(client, "unwrapped", client)._engine.life
+    client.connect()
+    attempt = Attempt(life._first, starts=True)  # waited for beside the other, a moment too short
+    assert not life.give_up(attempt)
+    assert client.connected
+    life._state.set(ConnectionState.DISCONNECTED)
+    with pytest.raises(ClosedError):
+        life.check_not_left()
+    for state in (ConnectionState.RECONNECTING, ConnectionState.CONNECTED):
+        life._state.set(state)
+        life.check_not_left()
 
 
 def test_whoever_is_called_off_between_two_looks_does_not_sleep_through_the_delay(make_client, monkeypatch):
