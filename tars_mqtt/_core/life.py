@@ -37,8 +37,8 @@ _GOODBYE_SHARE = 0.1
 """Of the time for a shutdown: kept for the goodbye, whatever came before took."""
 
 
-class Farewell(Protocol):
-    """What the world is told at the end."""
+class Herald(Protocol):
+    """Tells the world that a service is there, and that it goes."""
 
     def start(self) -> None:
         """A life begins: there may be greetings again."""
@@ -73,7 +73,7 @@ class Life:
         dispatcher: Dispatcher,
         backlog: Backlog,
         outbound: Outbound,
-        farewell: Farewell,
+        herald: Herald,
         prepare: Callable[[], None],
         retire: Callable[[], None],
     ) -> None:
@@ -83,7 +83,7 @@ class Life:
         self._dispatcher = dispatcher
         self._backlog = backlog
         self._outbound = outbound
-        self._farewell = farewell
+        self._herald = herald
         self._prepare = prepare
         self._retire = retire
         backlog.refuse(_not_started())
@@ -195,7 +195,7 @@ class Life:
         self._prepare()
         try:
             self._state.set(ConnectionState.CONNECTING)
-            self._farewell.start()
+            self._herald.start()
             self._dispatcher.start()
             self._backlog.open()
             self._session.inbound.open()
@@ -288,7 +288,7 @@ class Life:
 
     def _say_goodbye(self, event: str, deadline: float) -> None:
         if self._state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._backlog.online:
-            receipt = self._farewell.goodbye(event)
+            receipt = self._herald.goodbye(event)
             if receipt is not None:
                 with contextlib.suppress(TarsMQTTError):
                     receipt.result(max(0.0, deadline - time.monotonic()))

@@ -273,17 +273,23 @@ def test_a_client_that_cannot_start_says_so_and_can_be_started_later(make_client
     client.publish_event("a", "n", 1, qos=1)
 
 
-def test_a_connect_that_a_hasty_shutdown_overtakes_leaves_nothing_running(make_client, broker, monkeypatch):
-    """The shutdown had no time to wait until the other had started what it would have had to stop."""
-    client = make_client(broker.url)
-    engine = getattr(client, "unwrapped", client)._engine
+def held_start(life, monkeypatch) -> tuple[threading.Event, threading.Event]:
+    """The next start waits under its lock; the events tell that it does, and let it go on."""
     preparing, go_on = threading.Event(), threading.Event()
 
     def prepare():
         preparing.set()
         go_on.wait(30)
 
-    monkeypatch.setattr(engine.life, "_prepare", prepare)
+    monkeypatch.setattr(life, "_prepare", prepare)
+    return preparing, go_on
+
+
+def test_a_connect_that_a_hasty_shutdown_overtakes_leaves_nothing_running(make_client, broker, monkeypatch):
+    """The shutdown had no time to wait until the other had started what it would have had to stop."""
+    client = make_client(broker.url)
+    engine = getattr(client, "unwrapped", client)._engine
+    preparing, go_on = held_start(engine.life, monkeypatch)
     connecting = in_thread(client.connect)
     assert preparing.wait(30)
     client.shutdown(timeout=0.05)
@@ -301,13 +307,7 @@ def test_who_connects_after_a_hasty_shutdown_has_a_connection_of_his_own(make_cl
     """The one that it overtook takes it away from nobody."""
     client = make_client(broker.url)
     engine = getattr(client, "unwrapped", client)._engine
-    preparing, go_on = threading.Event(), threading.Event()
-
-    def prepare():
-        preparing.set()
-        go_on.wait(30)
-
-    monkeypatch.setattr(engine.life, "_prepare", prepare)
+    preparing, go_on = held_start(engine.life, monkeypatch)
     overtaken = in_thread(engine.life.connect, 30)
     assert preparing.wait(30)
     client.shutdown(timeout=0.05)
