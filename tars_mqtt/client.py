@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -226,6 +226,7 @@ class MQTTClient:
         correlation_id: str | None = None,
         qos: int = 0,
         retain: bool = False,
+        properties: Mapping[str, object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> str:
         """Publish *data* in an `Envelope` and return its id.
@@ -239,6 +240,11 @@ class MQTTClient:
             event_type: What happened, ``user.login`` for instance.
             data: JSON-like data, an attrs, dataclass or pydantic object.
             correlation_id: Links a response to its request.
+            properties: Of MQTT 5, by the names that `Message.properties` has: ``message_expiry_interval`` in whole
+                seconds, ``content_type``, ``user_properties`` as a mapping or as pairs of str,
+                ``response_topic``, ``correlation_data`` as bytes, ``payload_format_indicator`` 0 or 1. MQTT 3.1.1
+                has none: there they are left out, with a warning. The time that a message waits here is taken
+                off its expiry interval; it is not sent once that is over.
             timeout: Seconds for room in the queue and the acknowledgement together;
                 ``publish_timeout`` unless given, ``None`` waits for ever.
 
@@ -247,12 +253,14 @@ class MQTTClient:
             NotConnectedError: QoS 0 during an outage, or `connect` was not called.
             QueueFullError: No room came free in time; the message was not taken.
             AckTimeoutError: No acknowledgement in time; the message is still on its way.
-            PublishRejectedError: The broker refused it, or no packet that it takes can carry it.
+            PublishRejectedError: The broker refused it, no packet that it takes can carry it, or its time was over.
             ClosedError: The client was shut down.
         """
         limit = seconds(timeout, self.config.publish_timeout)
         started = time.monotonic() if qos else 0.0
-        receipt = self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, limit)
+        receipt = self._engine.submit_event(
+            topic, event_type, data, correlation_id, qos, retain, limit, True, properties
+        )
         if qos:
             receipt.result(_rest(limit, started))
         return receipt.envelope_id or ""
@@ -266,6 +274,7 @@ class MQTTClient:
         correlation_id: str | None = None,
         qos: int = 0,
         retain: bool = False,
+        properties: Mapping[str, object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> PublishReceipt:
         """Publish like `publish_event`, without waiting for the broker.
@@ -288,6 +297,8 @@ class MQTTClient:
             qos,
             retain,
             seconds(timeout, self.config.publish_timeout),
+            True,
+            properties,
         )
 
     def publish(
@@ -297,6 +308,7 @@ class MQTTClient:
         *,
         qos: int = 0,
         retain: bool = False,
+        properties: Mapping[str, object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> None:
         """Publish raw bytes, or text as UTF-8, without an envelope.
@@ -305,7 +317,8 @@ class MQTTClient:
         """
         limit = seconds(timeout, self.config.publish_timeout)
         started = time.monotonic()
-        self._engine.submit(topic, payload, qos, retain, limit).result(_rest(limit, started))
+        receipt = self._engine.submit(topic, payload, qos, retain, limit, True, properties)
+        receipt.result(_rest(limit, started))
 
     def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``.

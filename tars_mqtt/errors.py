@@ -38,10 +38,10 @@ class TopicError(TarsMQTTError, ValueError):
 
 
 class EncodeError(TarsMQTTError, ValueError):
-    """The data cannot be written as JSON; nothing was sent.
+    """The data cannot be written as JSON, or a property as MQTT has it; nothing was sent.
 
     Attributes:
-        path: Where in the data, ``data.items[3].price`` for instance.
+        path: Where, ``data.items[3].price`` or ``properties.content_type`` for instance.
     """
 
     def __init__(self, message: str, path: str = "data") -> None:

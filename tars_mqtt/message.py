@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError
 from types import MappingProxyType
 from typing import TypeVar
 
-from tars_mqtt._core import wire
+from tars_mqtt._core.property import decode_properties
 from tars_mqtt._core.timeout import seconds
 from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import AckTimeoutError, DecodeError
@@ -56,7 +56,7 @@ class Message:
     @property
     def properties(self) -> Mapping[str, object]:
         """The properties of MQTT 5, by the names of the standard in snake_case; empty in MQTT 3.1.1."""
-        return MappingProxyType(wire.decode_properties(self._raw_properties) if self._raw_properties else {})
+        return MappingProxyType(decode_properties(self._raw_properties) if self._raw_properties else {})
 
     @property
     def envelope(self) -> Envelope:

@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS outgoing (
     qos INTEGER NOT NULL,
     retain INTEGER NOT NULL,
     envelope_id TEXT,
-    stored_at REAL NOT NULL
+    stored_at REAL NOT NULL,
+    properties BLOB NOT NULL DEFAULT x''
 );
 CREATE TABLE IF NOT EXISTS seen (
     key TEXT PRIMARY KEY,
@@ -40,7 +41,8 @@ CREATE TABLE IF NOT EXISTS seen (
 ) WITHOUT ROWID;
 """
 _INSERT = (
-    "INSERT INTO outgoing (topic, payload, qos, retain, envelope_id, stored_at) VALUES (?, ?, ?, ?, ?, ?)"
+    "INSERT INTO outgoing (topic, payload, qos, retain, envelope_id, stored_at, properties)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
 
 
@@ -55,6 +57,7 @@ class StoredMessage:
     retain: bool
     envelope_id: str | None
     stored_at: float
+    properties: bytes
 
 
 @attrs.define(eq=False)
@@ -100,13 +103,14 @@ class Outbox:
         retain: bool,
         envelope_id: str | None,
         stored: Callable[[int], None],
+        properties: bytes = b"",
     ) -> None:
         """Return when the message is on disk; *stored* has been called with its number, in order of numbers.
 
         Raises:
             OutboxError: It could not be written; the message is not stored.
         """
-        row = (topic, payload, qos, retain, envelope_id, self._wall_clock())
+        row = (topic, payload, qos, retain, envelope_id, self._wall_clock(), properties)
         self._commit(_Write(_INSERT, row, stored))
 
     def store_soon(
@@ -118,9 +122,10 @@ class Outbox:
         envelope_id: str | None,
         stored: Callable[[int], None],
         failed: Callable[[OutboxError], None],
+        properties: bytes = b"",
     ) -> None:
         """Leave the message to the next `commit`, which calls *stored* as `store` does, or *failed*. Does not block."""
-        row = (topic, payload, qos, retain, envelope_id, self._wall_clock())
+        row = (topic, payload, qos, retain, envelope_id, self._wall_clock(), properties)
         with self._lock:
             self._writes.append(_Write(_INSERT, row, stored, failed))
 
@@ -171,20 +176,21 @@ class Outbox:
         """Read stored messages in order, from the first number above *after*."""
         with self._turn, self._reported():
             rows = self._connection.execute(
-                "SELECT number, topic, payload, qos, retain, envelope_id, stored_at FROM outgoing"
+                "SELECT number, topic, payload, qos, retain, envelope_id, stored_at, properties FROM outgoing"
                 " WHERE number > ? ORDER BY number LIMIT ?",
                 (after, most),
             ).fetchall()
         return [
-            StoredMessage(number, topic, payload, qos, bool(retain), envelope_id, stored_at)
-            for number, topic, payload, qos, retain, envelope_id, stored_at in rows
+            StoredMessage(number, topic, payload, qos, bool(retain), envelope_id, stored_at, properties)
+            for number, topic, payload, qos, retain, envelope_id, stored_at, properties in rows
         ]
 
     def totals(self) -> tuple[int, int]:
         """How many messages are stored, and their bytes."""
         with self._turn, self._reported():
             count, size = self._connection.execute(
-                "SELECT count(*), coalesce(sum(length(topic) + length(payload)), 0) FROM outgoing"
+                "SELECT count(*), coalesce(sum(length(topic) + length(payload) + length(properties)), 0)"
+                " FROM outgoing"
             ).fetchone()
         return count, size
 
@@ -264,6 +270,9 @@ class Outbox:
             if verdict != "ok":
                 raise sqlite3.DatabaseError("its pages do not fit together")
             connection.executescript(_SCHEMA)
+            columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(outgoing)")]
+            if "properties" not in columns:  # a file from before there were any
+                connection.execute("ALTER TABLE outgoing ADD COLUMN properties BLOB NOT NULL DEFAULT x''")
         except BaseException:
             connection.close()
             raise

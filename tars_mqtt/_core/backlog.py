@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from tars_mqtt._core import wire
 from tars_mqtt._core.crowd import LARGE_BYTES, Crowd
 from tars_mqtt._core.outgoing import Outgoing, left_in_outbox
+from tars_mqtt._core.throttle import Throttle
 from tars_mqtt.errors import (
     ClosedError,
     NotConnectedError,
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
     from tars_mqtt._core.spool import Spool
     from tars_mqtt._core.stream import Stream
 
-_LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 5
-"""Of topic and payload: two lengths and a packet id go with them in a PUBLISH."""
+logger = logging.getLogger("tars_mqtt.publish")
+
+_LARGEST_BYTES = wire.MAX_REMAINING_LENGTH - 7
+"""Of topic, properties and payload: two lengths and a packet id go with them in a PUBLISH."""
 
 
 class Backlog:
@@ -42,7 +46,10 @@ class Backlog:
         max_queued_bytes: int,
         wake: Callable[[], None],
         idle_stream: Callable[[], Stream | None] = lambda: None,
+        client_id: str = "",
     ) -> None:
+        self._client_id = client_id
+        self._left_out = Throttle()
         self._max_queued = max_queued
         self._max_queued_bytes = max_queued_bytes
         self._wake = wake
@@ -106,7 +113,7 @@ class Backlog:
             QueueFullError: No room came free in time.
             PublishRejectedError: No packet can carry it.
         """
-        size = len(message.topic) + len(message.payload)
+        size = message.size
         _check_size(size)
         with self._lock:  # not the condition around it, which is slower to enter
             spool = self._spool
@@ -129,7 +136,13 @@ class Backlog:
         self._wake()
 
     def admit_lossy(  # noqa: C901, PLR0912 - in one piece, because calls are what costs
-        self, topic: bytes, payload: bytes, retain: bool, timeout: float | None, at_once: bool = True
+        self,
+        topic: bytes,
+        payload: bytes,
+        retain: bool,
+        timeout: float | None,
+        properties: bytes = b"",
+        at_once: bool = True,
     ) -> None:
         """Take a message of QoS 0, or refuse it; see `admit`.
 
@@ -141,7 +154,7 @@ class Backlog:
             ClosedError, QueueFullError: As in `admit`.
             PublishRejectedError: No packet can carry it, or the broker would not take it.
         """
-        _check_size(len(topic) + len(payload))
+        _check_size(len(topic) + len(payload) + len(properties))
         stream = None
         with self._lock:
             while True:
@@ -150,7 +163,8 @@ class Backlog:
                 limits = self._limits
                 if limits is None:
                     raise _offline()
-                packet = wire.encode_publish(topic, payload, 0, retain, False, 0, self._v5)
+                v5 = self._v5
+                packet = wire.encode_publish(topic, payload, 0, retain, False, 0, v5, properties)
                 size = len(packet)
                 # Before the room: who waited for that, and then takes none, would leave the next one waiting.
                 objection = limits.objection(0, retain, size)
@@ -172,6 +186,8 @@ class Backlog:
             raise PublishRejectedError(
                 f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
             )
+        if properties and not v5:
+            self.say_left_out()
         if stream is None:
             self._wake()
             if self.crowd.there and timeout != 0 and size > LARGE_BYTES:
@@ -182,7 +198,16 @@ class Backlog:
             with self._lock:
                 self.sent_at_once += 1
         else:
-            self.admit_lossy(topic, payload, retain, timeout, at_once=False)
+            self.admit_lossy(topic, payload, retain, timeout, properties, at_once=False)
+
+    def say_left_out(self) -> None:
+        """Warn that a message goes without its properties, for the connection speaks MQTT 3.1.1."""
+        if count := self._left_out.admit():
+            logger.warning(
+                "sent %d messages without their properties: the broker speaks MQTT 3.1.1, which has none",
+                count,
+                extra={"client_id": self._client_id},
+            )
 
     def joins_a_crowd(self) -> bool:
         """Whether the message that was just queued is a large one among many: worth a short wait."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,6 +22,7 @@ from tars_mqtt._core.life import Life
 from tars_mqtt._core.option import HandlerOptions, checked
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.outgoing import Outgoing
+from tars_mqtt._core.property import Properties, encode_properties
 from tars_mqtt._core.recovery import Recovery
 from tars_mqtt._core.registry import Registration, Registry
 from tars_mqtt._core.session import Session
@@ -70,7 +72,11 @@ class Engine:
         )
         self.dispatcher = make_dispatcher(config, self.counters, transport.wake, self._on_stuck_handler)
         self.backlog = Backlog(
-            config.max_queued, config.max_queued_bytes, transport.wake, transport.idle_stream
+            config.max_queued,
+            config.max_queued_bytes,
+            transport.wake,
+            transport.idle_stream,
+            config.client_id,
         )
         self._outbound = Outbound(self.backlog, config.max_inflight, self.counters, config.client_id)
         self.health = Health(config, self.backlog)
@@ -148,11 +154,14 @@ class Engine:
         retain: bool,
         timeout: float | None,
         wait_stored: bool = True,
+        properties: Mapping[str, object] | None = None,
     ) -> PublishReceipt:
         """Wrap in an envelope and queue; for *wait_stored* see `Backlog.admit`."""
         raw_topic = topic_bytes(topic)
         envelope_id, payload = encode_event(event_type, data, self._source, correlation_id, self._correlation)
-        receipt = self._submit(topic, raw_topic, payload, envelope_id, qos, retain, timeout, wait_stored)
+        receipt = self._submit(
+            topic, raw_topic, payload, envelope_id, qos, retain, timeout, wait_stored, properties
+        )
         if publish_logger.isEnabledFor(logging.DEBUG):
             publish_logger.debug(
                 "took an event for %r with %d bytes",
@@ -177,6 +186,7 @@ class Engine:
         retain: bool,
         timeout: float | None,
         wait_stored: bool = True,
+        properties: Mapping[str, object] | None = None,
     ) -> PublishReceipt:
         """Queue raw bytes; for *wait_stored* see `Backlog.admit`."""
         if isinstance(payload, str):
@@ -188,7 +198,9 @@ class Engine:
                     "publish_event takes other data"
                 )
             payload = bytes(payload)  # the caller may change a buffer while it waits here
-        return self._submit(topic, topic_bytes(topic), payload, None, qos, retain, timeout, wait_stored)
+        return self._submit(
+            topic, topic_bytes(topic), payload, None, qos, retain, timeout, wait_stored, properties
+        )
 
     def _submit(
         self,
@@ -200,19 +212,24 @@ class Engine:
         retain: bool,
         timeout: float | None,
         wait_stored: bool,
+        properties: Mapping[str, object] | None,
     ) -> PublishReceipt:
         if self.life.forked:
             self.life.check()
         if retain not in (True, False):  # the text "false" would count as true
             raise ValueError(f"retain must be True or False, not {retain!r}")
+        packed = b"" if properties is None else encode_properties(properties)
         if qos == 0:
-            self.backlog.admit_lossy(raw_topic, payload, bool(retain), timeout)
+            self.backlog.admit_lossy(raw_topic, payload, bool(retain), timeout, packed)
             return PublishReceipt(envelope_id, topic, 0)
         if qos not in (1, 2):
             raise ValueError(f"qos must be 0, 1 or 2, not {qos!r}")
         qos = int(qos)  # 1.0 from somebody's YAML
         receipt = PublishReceipt(envelope_id, topic, qos)
-        self.backlog.admit(Outgoing(raw_topic, payload, qos, bool(retain), receipt), timeout, wait_stored)
+        message = Outgoing(raw_topic, payload, qos, bool(retain), receipt)
+        if packed:
+            message.properties = Properties.since(packed, time.monotonic())
+        self.backlog.admit(message, timeout, wait_stored)
         return receipt
 
     # -- subscribing ------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from tars_mqtt._core import wire
 from tars_mqtt._core.dispatch import Consumer, Dispatcher
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.ledger import Acknowledgement, Ledger
+from tars_mqtt._core.property import subscription_identifiers
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
@@ -220,7 +221,7 @@ class Inbound:
 
     def _route(self, topic: str, properties: bytes, retain: bool) -> tuple[Registration, ...]:
         entries = self._router.match(topic)
-        identifiers = wire.subscription_identifiers(properties) if properties else ()
+        identifiers = subscription_identifiers(properties) if properties else ()
         if identifiers and entries:
             entries = self._identified(entries, identifiers)
         takers: dict[Registration, None] = {}

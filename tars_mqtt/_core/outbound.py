@@ -46,6 +46,7 @@ class Outbound:
         self._max_inflight = max_inflight
         self._counters = counters
         self._client_id = client_id
+        self._clock = clock
         self._inflight: dict[int, Outgoing] = {}
         self._packet_id = _FIRST_PACKET_ID - 1
         self._window = 0
@@ -175,6 +176,14 @@ class Outbound:
                     self._backlog.over(message, message.size)
                     self._rejected(message, "it waited in the outbox for longer than outbox_max_age", None)
                     return None
+                if message.properties is not None and message.properties.expired(self._clock()):
+                    self._backlog.over(message, message.size)
+                    self._rejected(
+                        message, "its message_expiry_interval was over before it could be sent", None
+                    )
+                    return None
+                if message.properties is not None and not self._v5:
+                    self._backlog.say_left_out()
                 message.packet_id = self._next_packet_id()
             packet = wire.encode_publish(
                 message.topic,
@@ -184,6 +193,7 @@ class Outbound:
                 message.sent,
                 message.packet_id,
                 self._v5,
+                b"" if message.properties is None else message.properties.at(self._clock()),
             )
             objection = self._limits.objection(message.qos, message.retain, len(packet))
             if objection:

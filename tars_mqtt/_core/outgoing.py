@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import attrs
 
+from tars_mqtt._core.property import Properties
 from tars_mqtt.errors import ClosedError
 from tars_mqtt.message import PublishReceipt
 
@@ -28,6 +29,7 @@ class Outgoing:
     qos: int
     retain: bool
     receipt: PublishReceipt
+    properties: Properties | None = None
     packet_id: int = 0
     sent: bool = False
     received: bool = False
@@ -39,7 +41,8 @@ class Outgoing:
 
     @property
     def size(self) -> int:
-        return len(self.topic) + len(self.payload)
+        size = len(self.topic) + len(self.payload)
+        return size if self.properties is None else size + len(self.properties.raw)
 
 
 def left_in_outbox() -> ClosedError:

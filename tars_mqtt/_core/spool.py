@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tars_mqtt._core.outgoing import Outgoing, Stored, left_in_outbox
+from tars_mqtt._core.property import Properties
 from tars_mqtt.errors import OutboxError
 from tars_mqtt.message import PublishReceipt
 
@@ -63,7 +64,7 @@ class Spool:
         Raises:
             OutboxError: It could not be written.
         """
-        self._outbox.store(*_row(message), _committed(message, stored))
+        self._outbox.store(*_row(message), _committed(message, stored), _properties(message))
 
     def store_soon(
         self,
@@ -77,7 +78,10 @@ class Spool:
         for the disk once for each message.
         """
         self._outbox.store_soon(
-            *_row(message), _committed(message, stored), lambda error: failed(message, error)
+            *_row(message),
+            _committed(message, stored),
+            lambda error: failed(message, error),
+            _properties(message),
         )
         with self._lock:
             if self._committing:
@@ -139,6 +143,9 @@ class Spool:
             if receipt is None:
                 receipt = PublishReceipt(row.envelope_id, row.topic.decode(), row.qos)
             message = Outgoing(row.topic, row.payload, row.qos, row.retain, receipt)
+            if row.properties:
+                waited = max(0.0, time.time() - row.stored_at)
+                message.properties = Properties.since(row.properties, time.monotonic() - waited)
             message.stored = Stored(row.number, row.stored_at)
             messages.append(message)
         loaded(messages)
@@ -196,6 +203,10 @@ class Spool:
 
 def _row(message: Outgoing) -> tuple[bytes, bytes, int, bool, str | None]:
     return message.topic, message.payload, message.qos, message.retain, message.receipt.envelope_id
+
+
+def _properties(message: Outgoing) -> bytes:
+    return b"" if message.properties is None else message.properties.raw
 
 
 def _committed(message: Outgoing, stored: Callable[[Outgoing], None]) -> Callable[[int], None]:

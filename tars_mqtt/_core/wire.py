@@ -7,10 +7,7 @@ Pure functions. Everything decoded comes from a peer that is not trusted: any by
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Final, TypeAlias
 
 # First bytes. Only the flags of PUBLISH vary; those the others reserve are in the value [MQTT-2.1.3-1].
 CONNACK: Final = 0x20
@@ -60,13 +57,11 @@ _FIRST_BYTES_3: Final = frozenset(_PUBLISH_FLAGS) | {  # of what a server may se
 _FIRST_BYTES_5: Final = _FIRST_BYTES_3 | {AUTH}
 
 _UNENDING: Final = 1 << 62  # the length of a packet whose length field does not end: above every limit
-_CACHE_ENTRIES: Final = 4096
+_CACHED_TOPICS: Final = 4096
 _CACHED_TOPIC_BYTES: Final = 256
-_CACHED_PROPERTIES_BYTES: Final = 64
 
-# Shared by all clients of the process. Each step on them is atomic, and a lost entry costs one decoding.
+# Shared by all clients of the process. Each step on it is atomic, and a lost entry costs one decoding.
 _topics: dict[bytes, str] = {}
-_identifiers: dict[bytes, tuple[int, ...]] = {}
 
 _pack_short_head = struct.Struct("!BBH").pack
 _pack_long_head = struct.Struct("!BBBH").pack
@@ -287,15 +282,16 @@ def _decode_topic(raw: bytes, length: int) -> str:
         raise MalformedPacketError("PUBLISH with an empty topic [MQTT-4.7.3-1]", PROTOCOL_ERROR)
     if b"+" in raw or b"#" in raw:
         raise MalformedPacketError("PUBLISH with a wildcard in its topic [MQTT-3.3.2-2]")
-    topic = _decode_text(raw)
+    topic = decode_text(raw)
     if len(raw) <= _CACHED_TOPIC_BYTES:
-        if len(_topics) >= _CACHE_ENTRIES:
+        if len(_topics) >= _CACHED_TOPICS:
             _topics.clear()
         _topics[raw] = topic
     return topic
 
 
-def _decode_text(raw: bytes) -> str:
+def decode_text(raw: bytes) -> str:
+    """A UTF-8 string of the standard [MQTT-1.5.4]."""
     if b"\x00" in raw:
         raise MalformedPacketError("U+0000 in a UTF-8 string [MQTT-1.5.4-2]")
     try:
@@ -332,121 +328,6 @@ def decode_ack(body: bytes | bytearray | memoryview, v5: bool) -> tuple[int, int
         if start + length != size:
             raise MalformedPacketError("acknowledgement whose properties do not fill it (section 3.4.2.2)")
     return packet_id, body[2]
-
-
-# -- properties of a PUBLISH ------------------------------------------------------------------
-
-
-def subscription_identifiers(properties: bytes) -> tuple[int, ...]:
-    """The subscriptions that a broker says a message is for, none in a message sent without."""
-    identifiers = _identifiers.get(properties)
-    if identifiers is None:
-        found = decode_properties(properties).get("subscription_identifiers", ())
-        assert isinstance(found, tuple)
-        identifiers = found
-        if len(properties) <= _CACHED_PROPERTIES_BYTES:
-            if len(_identifiers) >= _CACHE_ENTRIES:
-                _identifiers.clear()
-            _identifiers[properties] = identifiers
-    return identifiers
-
-
-def decode_properties(raw: bytes) -> dict[str, object]:
-    """The properties of a PUBLISH under their names in the standard, in lower case with underscores.
-
-    ``user_properties`` is a list of pairs, ``subscription_identifiers`` a tuple, ``correlation_data`` bytes.
-    """
-    found: dict[str, object] = {}
-    user_properties: list[tuple[str, str]] = []
-    identifiers: list[int] = []
-    position = 0
-    while position < len(raw):
-        identifier = raw[position]
-        position += 1
-        if identifier == _USER_PROPERTY:
-            key, position = _read_text(raw, position)
-            value, position = _read_text(raw, position)
-            user_properties.append((key, value))
-        elif identifier == _SUBSCRIPTION_IDENTIFIER:
-            number, position = _read_identifier(raw, position)
-            identifiers.append(number)
-        else:
-            known = _PROPERTIES.get(identifier)
-            if known is None:
-                raise MalformedPacketError(f"PUBLISH with the property 0x{identifier:02x} (section 2.2.2.2)")
-            name, read = known
-            if name in found:
-                raise MalformedPacketError(f"{name} more than once (section 3.3.2.3)", PROTOCOL_ERROR)
-            found[name], position = read(raw, position)
-    if user_properties:
-        found["user_properties"] = user_properties
-    if identifiers:
-        found["subscription_identifiers"] = tuple(identifiers)
-    return found
-
-
-def _read_uint(raw: bytes, position: int, size: int) -> tuple[int, int]:
-    end = position + size
-    if end > len(raw):
-        raise MalformedPacketError("properties end inside a value (section 2.2.2.2)")
-    return int.from_bytes(raw[position:end], "big"), end
-
-
-def _read_binary(raw: bytes, position: int) -> tuple[bytes, int]:
-    length, start = _read_uint(raw, position, 2)
-    end = start + length
-    if end > len(raw):
-        raise MalformedPacketError("properties end inside a value (section 2.2.2.2)")
-    return raw[start:end], end
-
-
-def _read_text(raw: bytes, position: int) -> tuple[str, int]:
-    value, end = _read_binary(raw, position)
-    return _decode_text(value), end
-
-
-def _read_payload_format(raw: bytes, position: int) -> tuple[int, int]:
-    value, end = _read_uint(raw, position, 1)
-    if value > 1:
-        raise MalformedPacketError(f"payload format indicator {value} (section 3.3.2.3.2)", PROTOCOL_ERROR)
-    return value, end
-
-
-def _read_expiry(raw: bytes, position: int) -> tuple[int, int]:
-    return _read_uint(raw, position, 4)
-
-
-def _read_topic_alias(raw: bytes, position: int) -> tuple[int, int]:
-    value, end = _read_uint(raw, position, 2)
-    if not value:
-        raise MalformedPacketError("topic alias 0 [MQTT-3.3.2-8]", PROTOCOL_ERROR)
-    return value, end
-
-
-def _read_response_topic(raw: bytes, position: int) -> tuple[str, int]:
-    value, end = _read_text(raw, position)
-    if "+" in value or "#" in value:
-        raise MalformedPacketError("response topic with a wildcard [MQTT-3.3.2-14]", PROTOCOL_ERROR)
-    return value, end
-
-
-def _read_identifier(raw: bytes, position: int) -> tuple[int, int]:
-    value, end = decode_varint(raw, position)
-    if not value:
-        raise MalformedPacketError("subscription identifier 0 (section 3.3.2.3.8)", PROTOCOL_ERROR)
-    return value, end
-
-
-_USER_PROPERTY: Final = 0x26
-_SUBSCRIPTION_IDENTIFIER: Final = 0x0B
-_PROPERTIES: Final[dict[int, tuple[str, Callable[[bytes, int], tuple[object, int]]]]] = {
-    0x01: ("payload_format_indicator", _read_payload_format),
-    0x02: ("message_expiry_interval", _read_expiry),
-    0x03: ("content_type", _read_text),
-    0x08: ("response_topic", _read_response_topic),
-    0x09: ("correlation_data", _read_binary),
-    0x23: ("topic_alias", _read_topic_alias),
-}
 
 
 # -- reasons ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -297,6 +297,7 @@ class MQTTClient:
         correlation_id: str | None = None,
         qos: int = 0,
         retain: bool = False,
+        properties: Mapping[str, object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> str:
         """Publish *data* in an `Envelope` and return its id. Cancelling stops the wait, not the send."""
@@ -305,12 +306,11 @@ class MQTTClient:
         if loop is not self._bridge.loop:
             self._on_loop()
         started = loop.time() if qos else 0.0
-        submit = self._engine.submit_event
+        event = topic, event_type, data, correlation_id, qos, retain, 0.0, False, properties
         try:
-            receipt = submit(topic, event_type, data, correlation_id, qos, retain, 0.0, False)
+            receipt = self._engine.submit_event(*event)
         except QueueFullError as error:
-            again = partial(submit, topic, event_type, data, correlation_id, qos, retain, 0.0, False)
-            receipt = await self._when_room(again, error, limit)
+            receipt = await self._when_room(partial(self._engine.submit_event, *event), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         elif self._backlog.crowd.there:
@@ -326,6 +326,7 @@ class MQTTClient:
         correlation_id: str | None = None,
         qos: int = 0,
         retain: bool = False,
+        properties: Mapping[str, object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> PublishReceipt:
         """Publish like `publish_event`, without waiting; the receipt can be awaited.
@@ -338,9 +339,10 @@ class MQTTClient:
         of them at once share what they wait for.
         """
         seconds(timeout, 0.0)
-        return PublishReceipt(
-            self._engine.submit_event(topic, event_type, data, correlation_id, qos, retain, 0.0), self._bridge
+        receipt = self._engine.submit_event(
+            topic, event_type, data, correlation_id, qos, retain, 0.0, True, properties
         )
+        return PublishReceipt(receipt, self._bridge)
 
     async def publish(
         self,
@@ -349,13 +351,14 @@ class MQTTClient:
         *,
         qos: int = 0,
         retain: bool = False,
+        properties: Mapping[str, object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> None:
         """Publish raw bytes, or text as UTF-8, without an envelope."""
         limit = seconds(timeout, self._publish_timeout)
         loop = self._on_loop()
         started = loop.time() if qos else 0.0
-        message = topic, payload, qos, retain, 0.0, False
+        message = topic, payload, qos, retain, 0.0, False, properties
         try:
             receipt = self._engine.submit(*message)
         except QueueFullError as error:

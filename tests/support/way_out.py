@@ -11,6 +11,7 @@ from tars_mqtt._core import wire
 from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.outgoing import Outgoing
+from tars_mqtt._core.property import Properties, encode_properties
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.transport import Connack
 from tars_mqtt.message import PublishReceipt
@@ -53,11 +54,15 @@ class Harness:
     def submit(
         self, payload: bytes = b"x", qos: int = 1, timeout: float | None = 0, **options: Any
     ) -> Outgoing:
+        properties = options.pop("properties", None)
         message = outgoing(payload, qos, **options)
+        if properties:
+            message.properties = Properties.since(encode_properties(properties), self.clock())
         if qos:
             self.backlog.admit(message, timeout)
         else:
-            self.backlog.admit_lossy(message.topic, payload, message.retain, timeout)
+            raw = b"" if message.properties is None else message.properties.raw
+            self.backlog.admit_lossy(message.topic, payload, message.retain, timeout, raw)
         return message
 
     def pump(self, unsent_bytes: int = 0) -> list[mqtt.Packet]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tars_mqtt._core import inbound as inbound_module
+from tars_mqtt._core import property as property_module
 from tars_mqtt._core import wire
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.inbound import Inbound
@@ -122,7 +123,7 @@ def test_the_topic_does_not_count_as_payload() -> None:
 
 def test_properties_without_end_are_dropped_unread(monkeypatch) -> None:
     """To take them apart would keep the network thread."""
-    monkeypatch.setattr(wire, "decode_properties", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr(property_module, "decode_properties", lambda _: pytest.fail("was read"))
     harness = Harness()
     harness.subscribe("#")
     assert harness.receive("a", properties={Property.USER_PROPERTY: [("a", "b")] * 20_000}) == []

@@ -13,6 +13,7 @@ from tars_mqtt._core.outbound import _ENOUGH_UNSENT
 from tars_mqtt.errors import PublishRejectedError
 from tests.support import PacketType
 from tests.support import packet as mqtt
+from tests.support.packet import Property
 from tests.support.way_out import Harness
 
 
@@ -477,3 +478,86 @@ def test_a_message_that_was_sent_cannot_be_taken_back(harness: Harness) -> None:
     harness.reconnect(resumed=False)
     assert not message.receipt.cancel()
     assert harness.payloads() == [b"x"]
+
+
+# -- properties ---------------------------------------------------------------------------
+
+EXPIRY = Property.MESSAGE_EXPIRY_INTERVAL
+CONTENT_TYPE = Property.CONTENT_TYPE
+
+
+@pytest.mark.parametrize("qos", [0, 1, 2])
+def test_a_message_takes_its_properties_along(harness: Harness, qos: int) -> None:
+    harness.submit(qos=qos, properties={"content_type": "text/plain"})
+    harness.submit(qos=qos)
+    assert [publish.properties for publish in harness.publishes()] == [{CONTENT_TYPE: ["text/plain"]}, {}]
+
+
+def test_properties_are_counted_where_bytes_are(harness: Harness) -> None:
+    message = harness.submit(b"x", properties={"content_type": "text/plain"})
+    assert harness.held() == (1, len(b"t") + len(b"x") + 1 + 2 + len("text/plain"))
+    harness.pump()
+    harness.acknowledge(message)
+    assert harness.held() == (0, 0)
+
+
+def test_what_waited_is_sent_with_the_time_that_it_has_left(harness: Harness) -> None:
+    harness.disconnect()
+    message = harness.submit(properties={"message_expiry_interval": 60})
+    harness.clock.advance(20.0)
+    harness.connect()
+    assert [publish.properties for publish in harness.publishes()] == [{EXPIRY: [40]}]
+    harness.clock.advance(15.0)
+    harness.reconnect(resumed=True)
+    (again,) = harness.publishes()
+    assert (again.dup, again.properties) == (True, {EXPIRY: [25]})
+    harness.acknowledge(message)
+    assert message.receipt.result(0) == "id"
+
+
+def test_what_has_expired_is_not_sent_and_what_stands_behind_it_is(harness: Harness) -> None:
+    harness.disconnect()
+    late = harness.submit(b"late", properties={"message_expiry_interval": 5})
+    harness.submit(b"in time", properties={"message_expiry_interval": 6})
+    harness.clock.advance(5.0)
+    harness.connect()
+    assert harness.payloads() == [b"in time"]
+    with pytest.raises(PublishRejectedError, match="message_expiry_interval was over"):
+        late.receipt.result(0)
+    assert harness.held()[0] == 1
+    assert harness.counters.totals()["rejected"] == 1
+
+
+def test_what_the_broker_may_have_is_said_again_though_it_has_expired(harness: Harness) -> None:
+    """Or the handshake would never end; and QoS 2 promises an outcome."""
+    message = harness.submit(qos=2, properties={"message_expiry_interval": 5})
+    harness.pump()
+    harness.clock.advance(60.0)
+    harness.reconnect(resumed=True)
+    (again,) = harness.publishes()
+    assert (again.dup, again.properties) == (True, {EXPIRY: [1]})
+    harness.acknowledge(message, kind=wire.PUBREC)
+    harness.acknowledge(message, kind=wire.PUBCOMP)
+    assert message.receipt.done()
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_mqtt_311_leaves_properties_out_and_says_so_now_and_then(
+    qos: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = Harness()
+    harness.connect(v5=False)
+    for _ in range(3):
+        harness.submit(b"x", qos, properties={"content_type": "text/plain"})
+    harness.submit(b"x", qos)
+    assert len(harness.publishes()) == 4
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "without their properties" in warning
+
+
+def test_mqtt_311_keeps_to_an_expiry_interval_as_long_as_the_message_waits(harness: Harness) -> None:
+    harness.disconnect()
+    harness.submit(b"late", properties={"message_expiry_interval": 5})
+    harness.clock.advance(5.0)
+    harness.connect(v5=False)
+    assert harness.payloads() == []

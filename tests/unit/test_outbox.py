@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -44,6 +46,29 @@ def test_messages_come_back_in_order_after_the_number_asked_for(outbox: Outbox) 
     rows = outbox.fetch(numbers[2], 4)
     assert [row.payload for row in rows] == [b"\x03", b"\x04", b"\x05", b"\x06"]
     assert (rows[0].topic, rows[0].qos, rows[0].retain, rows[0].envelope_id) == (b"a/b", 1, False, "id")
+
+
+def test_properties_are_kept_and_counted(outbox: Outbox) -> None:
+    outbox.store(b"a", b"x", 1, False, None, lambda _: None, b"\x03\0\1t")
+    outbox.store_soon(b"a", b"x", 1, False, None, lambda _: None, pytest.fail, b"\x01\1")
+    outbox.commit()
+    store(outbox)
+    assert [row.properties for row in outbox.fetch(0, 10)] == [b"\x03\0\1t", b"\x01\1", b""]
+    assert outbox.totals() == (3, 2 + 4 + 2 + 2 + 4)
+
+
+def test_a_file_of_a_version_that_had_no_properties_is_taken_over(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "CREATE TABLE outgoing (number INTEGER PRIMARY KEY AUTOINCREMENT, topic BLOB NOT NULL,"
+            " payload BLOB NOT NULL, qos INTEGER NOT NULL, retain INTEGER NOT NULL, envelope_id TEXT,"
+            " stored_at REAL NOT NULL)"
+        )
+        connection.execute("INSERT INTO outgoing VALUES (7, x'61', x'62', 1, 0, 'id', 1.0)")
+    for _ in range(2):
+        outbox = Outbox(path)
+        assert [(row.number, row.payload, row.properties) for row in outbox.fetch(0, 10)] == [(7, b"b", b"")]
+        outbox.close()
 
 
 def test_what_was_stored_is_there_after_a_kill(path: Path) -> None:

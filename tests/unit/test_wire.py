@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from paho.mqtt import _packet
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties, VariableByteIntegers
+from paho.mqtt.properties import VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.property import decode_properties
 from tars_mqtt._core.wire import MAX_REMAINING_LENGTH, MalformedPacketError
+from tests.support.paho_property import pack, paho_properties, publish_properties, said_by_paho, topics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,38 +26,10 @@ if TYPE_CHECKING:
 NO_LIMIT = 5 + MAX_REMAINING_LENGTH
 ACKS = [wire.PUBACK, wire.PUBREC, wire.PUBREL, wire.PUBCOMP]
 PROTOCOL = {False: MQTTProtocolVersion.MQTTv311, True: MQTTProtocolVersion.MQTTv5}
-PAHO_NAME = {
-    "payload_format_indicator": "PayloadFormatIndicator",
-    "message_expiry_interval": "MessageExpiryInterval",
-    "content_type": "ContentType",
-    "response_topic": "ResponseTopic",
-    "correlation_data": "CorrelationData",
-    "topic_alias": "TopicAlias",
-    "user_properties": "UserProperty",
-    "subscription_identifiers": "SubscriptionIdentifier",
-}
 
-# paho refuses U+FEFF inside properties, which [MQTT-1.5.4-3] allows.
-text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=20)
-topics = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0+#"), min_size=1, max_size=30)
 packet_ids = st.integers(1, 65_535)
 # Payloads on both sides of each length that takes one more byte.
 payloads = st.binary(max_size=40) | st.sampled_from([95, 127, 128, 300, 16_350, 16_390, 2_097_160]).map(bytes)
-publish_properties = st.fixed_dictionaries(
-    {},
-    optional={
-        "payload_format_indicator": st.integers(0, 1),
-        "message_expiry_interval": st.integers(0, 2**32 - 1),
-        "content_type": text,
-        "response_topic": topics.filter(lambda topic: "\ufeff" not in topic),
-        "correlation_data": st.binary(max_size=200),
-        "topic_alias": st.integers(1, 65_535),
-        "user_properties": st.lists(st.tuples(text, text), min_size=1, max_size=4),
-        "subscription_identifiers": st.lists(
-            st.integers(1, MAX_REMAINING_LENGTH), min_size=1, max_size=4
-        ).map(tuple),
-    },
-)
 messages = st.fixed_dictionaries(
     {
         "topic": topics,
@@ -72,27 +45,6 @@ messages = st.fixed_dictionaries(
 
 
 # -- what paho makes of it ------------------------------------------------------------------
-
-
-def paho_properties(properties: dict[str, Any]) -> Properties:
-    packed = Properties(PacketTypes.PUBLISH)
-    for name, value in properties.items():
-        setattr(packed, PAHO_NAME[name], list(value) if isinstance(value, tuple) else value)
-    return packed
-
-
-def pack(properties: dict[str, Any]) -> bytes:
-    """Without their length."""
-    packed = paho_properties(properties).pack()
-    _, start = VariableByteIntegers.decode(packed)
-    return bytes(packed[start:])
-
-
-def said_by_paho(properties: Properties | None) -> dict[str, Any]:
-    said = {name: getattr(properties, PAHO_NAME[name], None) for name in PAHO_NAME}
-    if said["subscription_identifiers"] is not None:
-        said["subscription_identifiers"] = tuple(said["subscription_identifiers"])
-    return {name: value for name, value in said.items() if value is not None}
 
 
 def sent_by_paho(send: Callable[[Client], object], v5: bool) -> bytes:
@@ -161,7 +113,7 @@ def test_a_publish_is_decoded_to_what_was_encoded(message: dict[str, Any]) -> No
         pack(message["properties"]) if v5 else b"",
     )
     assert [type(part) for part in decoded] == [str, bytes, int, bool, bool, int, bytes]
-    assert wire.decode_properties(decoded[6]) == (message["properties"] if v5 else {})
+    assert decode_properties(decoded[6]) == (message["properties"] if v5 else {})
 
 
 @given(messages, st.lists(st.tuples(st.integers(0, 80), st.integers(0, 255)), max_size=3), st.integers(0, 60))
@@ -177,7 +129,7 @@ def test_a_damaged_publish_that_is_accepted_reads_the_same_to_paho(
     del body[len(body) - lost % len(body) :]
     try:
         topic, payload, qos, retain, dup, packet_id, properties = wire.decode_publish(first, body, v5)
-        said = wire.decode_properties(properties)
+        said = decode_properties(properties)
     except MalformedPacketError:
         return
     assume("\ufeff" not in repr(said))
@@ -272,20 +224,16 @@ def test_flags_that_contradict_themselves_are_malformed(first: int, problem: str
         wire.split_packets(bytes((first, 6)) + b"\0\1a\0\7\0", NO_LIMIT)
 
 
-def test_a_stream_of_ever_new_topics_and_properties_does_not_grow_the_caches() -> None:
-    for number in range(2 * wire._CACHE_ENTRIES):
+def test_a_stream_of_ever_new_topics_does_not_grow_the_cache() -> None:
+    for number in range(2 * wire._CACHED_TOPICS):
         topic = f"t/{number}".encode()
         wire.decode_publish(wire.PUBLISH, len(topic).to_bytes(2, "big") + topic, False)
-        wire.subscription_identifiers(b"\x02" + number.to_bytes(4, "big"))
-    assert 0 < len(wire._topics) <= wire._CACHE_ENTRIES
-    assert 0 < len(wire._identifiers) <= wire._CACHE_ENTRIES
+    assert 0 < len(wire._topics) <= wire._CACHED_TOPICS
 
 
-def test_what_is_long_is_not_cached() -> None:
+def test_a_long_topic_is_not_cached() -> None:
     wire.decode_publish(wire.PUBLISH, b"\xff\xff" + b"t" * 65_535, False)
-    wire.subscription_identifiers(b"\x09\xff\xff" + bytes(65_535))
     assert max(map(len, wire._topics)) <= wire._CACHED_TOPIC_BYTES
-    assert max(map(len, wire._identifiers), default=0) <= wire._CACHED_PROPERTIES_BYTES
 
 
 # -- acknowledgements -----------------------------------------------------------------------
@@ -480,56 +428,6 @@ def test_a_variable_byte_integer_that_is_none_is_malformed(encoded: bytes, probl
         wire.decode_varint(encoded)
 
 
-# -- properties -----------------------------------------------------------------------------
-
-
-@given(publish_properties)
-def test_properties_are_read_as_paho_wrote_them(properties: dict[str, Any]) -> None:
-    packed = pack(properties)
-    assert wire.decode_properties(packed) == properties
-    expected = properties.get("subscription_identifiers", ())
-    assert wire.subscription_identifiers(packed) == expected
-    assert wire.subscription_identifiers(packed) == expected, "from the cache"
-
-
-@pytest.mark.parametrize(
-    ("packed", "problem"),
-    [
-        (b"\x01", "ends? inside"),
-        (b"\x01\x02", "payload format indicator 2"),
-        (b"\x01\x00\x01\x00", "payload_format_indicator more than once"),
-        (b"\x02\0\0\0", "end inside"),
-        (b"\x03\0", "end inside"),
-        (b"\x03\0\2a", "end inside"),
-        (b"\x03\0\1\0", "MQTT-1.5.4-2"),
-        (b"\x03\0\1\xff", "MQTT-1.5.4-1"),
-        (b"\x08\0\3a/+", "MQTT-3.3.2-14"),
-        (b"\x09\0\2a", "end inside"),
-        (b"\x0b", "ends inside"),
-        (b"\x0b\0", "identifier 0"),
-        (b"\x0b\x80\x80\x80\x80\1", "more than four"),
-        (b"\x23\0\0", "topic alias 0"),
-        (b"\x26\0\1a\0\1", "end inside"),
-        (b"\x26\0\1a", "end inside"),
-        (b"\x00", "property 0x00"),
-        (b"\x11\0\0\0\1", "property 0x11"),  # session expiry: of other packets
-        (b"\x0b\5\xff", "property 0xff"),
-    ],
-)
-def test_properties_that_the_standard_forbids_are_malformed_every_time(packed: bytes, problem: str) -> None:
-    with pytest.raises(MalformedPacketError, match=problem):
-        wire.decode_properties(packed)
-    for _ in range(2):
-        with pytest.raises(MalformedPacketError, match=problem):
-            wire.subscription_identifiers(packed)
-
-
-def test_many_properties_cost_no_more_than_their_number() -> None:
-    """Anything quadratic would run into the timeout."""
-    packed = b"\x26\0\0\0\0" * 200_000 + b"\x0b\x05"
-    assert wire.subscription_identifiers(packed) == (5,)
-
-
 # -- any bytes ------------------------------------------------------------------------------
 
 
@@ -540,8 +438,6 @@ def test_any_bytes_are_a_result_or_malformed(first: int, body: bytes, v5: bool) 
     readers: list[Callable[[], object]] = [
         lambda: wire.decode_publish(first, body, v5),
         lambda: wire.decode_ack(body, v5),
-        lambda: wire.decode_properties(body),
-        lambda: wire.subscription_identifiers(body),
         lambda: wire.decode_varint(body),
         lambda: wire.split_packets(bytes((first,)) + body, 50, v5),
     ]
