@@ -363,7 +363,9 @@ class MQTTClient:
                 *order_by* as many as there are workers. *order_by*: ``"topic"``, or a quick function
                 of the `Message` (it runs on the network thread): order is kept for each key, different
                 keys go side by side. *retries* (0): how often a message whose handler raised is tried
-                again before the next one of its lane. *retry_delay* (0.5 s): before the first retry;
+                again before the next one of its lane. *retry_on*: which failures that is for, as a class of
+                exceptions, a tuple of them, or a function of one; a time-out counts as a ``TimeoutError``.
+                *retry_delay* (0.5 s): before the first retry;
                 doubled for each further one, with jitter. *dead_letter*: a topic such as
                 ``"dead/{topic}"`` that gets an envelope with each message which no attempt could
                 handle. *handler_timeout*: seconds after which a handler that does not return counts

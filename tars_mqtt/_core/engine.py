@@ -252,7 +252,9 @@ class Engine:
         config = self.config
         identity = self._registry.next_identity(topic)
         claims = Claims(self.deduplicator, identity, config.correlation, self.counters, config.client_id)
-        handle = None if call is None else call(handler, claims, self.counters, config.client_id)
+        handle = (
+            None if call is None else call(handler, claims, self.counters, config.client_id, recovery.verdict)
+        )
         order_by = checked_options["order_by"]
         consumer = Consumer(
             lane=Fifo() if order_by is None else Keyed(),
@@ -273,6 +275,7 @@ class Engine:
             dead_letter_topic(template, "a/b")
         return Recovery(
             retries=options["retries"],
+            retry_on=options["retry_on"],
             retry_delay=options["retry_delay"],
             timeout=seconds(options["handler_timeout"], self.config.handler_timeout) or None,
             bury=None if template is None else DeadLetters(template, topic, self, self.config.client_id).bury,

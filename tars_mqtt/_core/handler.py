@@ -143,12 +143,14 @@ class HandlerCall:
         claims: Claims,
         counters: Counters,
         client_id: str,
+        verdict: Callable[[BaseException], Outcome] = lambda _: Outcome.FAILED,
     ) -> None:
         self.handler = handler
         self._convert = argument_of(handler)
         self._claims = claims
         self._counters = counters
         self._client_id = client_id
+        self._verdict = verdict
 
     def __call__(self, delivery: Delivery) -> Outcome:
         argument = self.begin(delivery)
@@ -197,7 +199,7 @@ class HandlerCall:
             extra=log_fields(message, self._client_id),
         )
         self._counters.add("handler_timeouts")
-        return Outcome.FAILED
+        return self._verdict(TimeoutError(delivery.error))
 
     def _name(self) -> str:
         handler = self.handler
@@ -225,7 +227,7 @@ class HandlerCall:
         if not delivery.given_up:
             delivery.error = _in_words(error)
             self._counters.add("handler_failures")
-        return Outcome.FAILED
+        return self._verdict(error)
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
         """The payload is not what the handler asks for."""
@@ -242,4 +244,4 @@ class HandlerCall:
             extra=log_fields(message, self._client_id),
         )
         self._counters.add("decode_failures")
-        return Outcome.UNDECODABLE
+        return Outcome.HOPELESS

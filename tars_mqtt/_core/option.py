@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable
 from typing import TypedDict
 
+from tars_mqtt._core.recovery import RetryOn
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.message import Message
 
@@ -22,6 +24,9 @@ class HandlerOptions(TypedDict, total=False):
     retries: int
     """How often a message whose handler raised is tried again, before the next one of its lane: order is
     kept, other subscriptions and keys go on. 0 unless given."""
+    retry_on: RetryOn
+    """Which failures are worth another attempt: a class of exceptions, a tuple of them, or a function of the
+    exception. All of them, unless given. A time-out counts as a ``TimeoutError``."""
     retry_delay: float
     """Seconds before the first retry, doubled for each further one, with jitter. 0.5 unless given."""
     dead_letter: str | None
@@ -47,6 +52,14 @@ def checked(options: HandlerOptions, workers: int) -> HandlerOptions:
     order_by = options.get("order_by")
     if order_by is not None and order_by != "topic" and not callable(order_by):
         raise ValueError(f"order_by must be 'topic' or a function of the message, not {order_by!r}")
+    retry_on = options.get("retry_on", BaseException)
+    if not _says_what_failed(retry_on):
+        raise TypeError(
+            f"retry_on must be a class of exceptions, a tuple of them, or a function of one, not {retry_on!r}"
+        )
+    for name, function in (("order_by", order_by), ("retry_on", retry_on)):
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(f"{name} must be a plain function: it is called, and not awaited")
     concurrency = options.get("concurrency")
     if concurrency is None:
         concurrency = 1 if order_by is None else workers
@@ -60,10 +73,18 @@ def checked(options: HandlerOptions, workers: int) -> HandlerOptions:
         concurrency=concurrency,
         order_by=order_by,
         retries=retries,
+        retry_on=retry_on,
         retry_delay=retry_delay,
         dead_letter=options.get("dead_letter"),
         handler_timeout=options.get("handler_timeout", DEFAULT),
     )
+
+
+def _says_what_failed(retry_on: object) -> bool:
+    if not isinstance(retry_on, (type, tuple)):
+        return callable(retry_on)
+    classes = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    return all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in classes)
 
 
 def _whole(name: str, value: object, least: int) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import enum
+import logging
 import random
 from collections.abc import Callable
 
 import attrs
 
 from tars_mqtt._core.lane import Delivery
+
+logger = logging.getLogger("tars_mqtt.dispatch")
+
+RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 
 _LONGEST_DELAY = 300.0
 
@@ -20,7 +25,7 @@ class Outcome(enum.Enum):
     SKIPPED = "skipped"
     """A duplicate: there was nothing to do."""
     FAILED = "failed"
-    UNDECODABLE = "undecodable"
+    HOPELESS = "hopeless"
     """Another attempt would fail in the same way."""
 
 
@@ -34,10 +39,25 @@ class Recovery:
     retries: int = 0
     retry_delay: float = 0.5
     """Seconds before the first retry; doubled for each further one."""
+    retry_on: RetryOn = BaseException
+    """Which failures another attempt may cure."""
     timeout: float | None = None
     """Seconds after which a handler that does not return counts as failed."""
     bury: Callable[[Delivery, Callable[[], None]], None] | None = None
     """Sends a delivery to the dead letters, and calls back when the broker has it."""
+
+    def verdict(self, error: BaseException) -> Outcome:
+        """What it means that a handler raised *error*. A function of the user's that fails itself forbids nothing."""
+        retry_on = self.retry_on
+        if isinstance(retry_on, (type, tuple)):
+            curable = isinstance(error, retry_on)
+        else:
+            try:
+                curable = bool(retry_on(error))
+            except Exception:
+                logger.exception("retry_on failed on %s", type(error).__qualname__)
+                curable = True
+        return Outcome.FAILED if curable else Outcome.HOPELESS
 
     def delay(self, delivery: Delivery, outcome: Outcome) -> float | None:
         """Seconds until the next attempt; None when there is none."""

@@ -117,6 +117,88 @@ def test_what_cannot_be_decoded_is_not_tried_again(make_client, broker: Broker) 
     assert client.stats().decode_failures == 1
 
 
+@pytest.mark.parametrize(
+    "retry_on",
+    [OSError, (OSError, KeyError), lambda error: isinstance(error, OSError)],
+    ids=["class", "classes", "function"],
+)
+def test_only_what_another_attempt_may_cure_is_tried_again(
+    make_client, shared_broker, unique, retry_on
+) -> None:
+    calls: list[int] = []
+    dead: list[str] = []
+
+    def handler(event: Envelope) -> None:
+        calls.append(event.data)
+        raise ValueError("never") if event.data == 0 else ConnectionError("later")
+
+    client = make_client(shared_broker.url)
+    client.subscribe(
+        unique, handler, 1, retries=2, retry_on=retry_on, retry_delay=0.01, dead_letter=f"{unique}/dead"
+    )
+    client.subscribe(
+        f"{unique}/dead", lambda payload: dead.append(Envelope.from_bytes(payload).data["error"]), 1
+    )
+    client.connect()
+    for number in range(2):
+        client.publish_event(unique, "n", number, qos=1)
+    eventually(lambda: len(dead) == 2)
+    assert calls == [0, 1, 1, 1]
+    assert dead == ["ValueError: never", "ConnectionError: later"]
+
+
+def test_a_function_for_retry_on_that_fails_forbids_no_attempt(
+    make_client, shared_broker, unique, caplog
+) -> None:
+    flaky = Flaky(n1=1)
+
+    def broken(error: BaseException) -> bool:
+        raise RuntimeError("of the function's own")
+
+    client = make_client(shared_broker.url)
+    client.subscribe(
+        unique,
+        lambda payload: flaky(Envelope.from_bytes(payload)),
+        1,
+        retries=1,
+        retry_on=broken,
+        retry_delay=0.01,
+    )
+    client.connect()
+    client.publish_event(unique, "n", 1, qos=1)
+    eventually(lambda: flaky.order == [1, 1])
+    assert "retry_on failed" in caplog.text
+
+
+@pytest.mark.parametrize(("retry_on", "attempts"), [(TimeoutError, 2), (ValueError, 1)])
+def test_a_time_out_counts_as_a_timeout_error(make_client, shared_broker, unique, retry_on, attempts) -> None:
+    release, calls, dead = threading.Event(), [], []
+
+    def handler(payload: bytes) -> None:
+        calls.append(payload)
+        release.wait(20)
+
+    client = make_client(shared_broker.url)
+    client.subscribe(
+        unique,
+        handler,
+        1,
+        handler_timeout=0.2,
+        retries=1,
+        retry_on=retry_on,
+        retry_delay=0.01,
+        dead_letter=f"{unique}/dead",
+    )
+    client.subscribe(f"{unique}/dead", dead.append, 1)
+    client.connect()
+    try:
+        client.publish(unique, b"x", qos=1)
+        eventually(lambda: dead)
+        assert len(calls) == attempts
+    finally:
+        release.set()
+
+
 def test_a_message_is_acknowledged_after_its_dead_letter(make_client, broker: Broker) -> None:
     """While the retries last, the broker still holds the message."""
     flaky = Flaky(n1=99)
@@ -184,9 +266,14 @@ def test_stuck_handlers_do_not_use_up_the_workers(make_client, broker: Broker) -
         release.set()
 
 
+async def coroutine_function(_: object) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
+        ({"retry_on": coroutine_function}, TypeError),
+        ({"order_by": coroutine_function}, TypeError),
         ({"retries": -1}, ValueError),
         ({"retries": 1.5}, ValueError),
         ({"retry_delay": -1}, ValueError),
@@ -198,6 +285,10 @@ def test_stuck_handlers_do_not_use_up_the_workers(make_client, broker: Broker) -
         ({"concurrency": 0}, ValueError),
         ({"order_by": "key"}, ValueError),
         ({"retrys": 1}, TypeError),
+        ({"retry_on": "OSError"}, TypeError),
+        ({"retry_on": str}, TypeError),
+        ({"retry_on": (OSError, str)}, TypeError),
+        ({"retry_on": OSError()}, TypeError),
     ],
 )
 def test_options_out_of_range_are_refused_on_the_callers_line(make_client, options, error) -> None:
