@@ -15,7 +15,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from tars_mqtt._core.crowd import PACE_TIME
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.life import TRYING, Attempt
@@ -27,6 +26,7 @@ from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.aio.direct import PahoFace
 from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher, handler_task
 from tars_mqtt.aio.receipt import PublishReceipt, resolve
+from tars_mqtt.aio.room import Room
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError
@@ -67,6 +67,7 @@ class MQTTClient:
         self._bridge = Bridge()
         self._engine = Engine(config, self._make_dispatcher, self._bridge.start_call)
         self._backlog = self._engine.backlog
+        self._room = Room(self._backlog, self._bridge)
         self._publish_timeout = config.publish_timeout
         self._executor: ThreadPoolExecutor | None = None
         self._stop: asyncio.Event | None = None
@@ -310,11 +311,11 @@ class MQTTClient:
         try:
             receipt = self._engine.submit_event(*event)
         except QueueFullError as error:
-            receipt = await self._when_room(partial(self._engine.submit_event, *event), error, limit)
+            receipt = await self._room.submit(partial(self._engine.submit_event, *event), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         elif self._backlog.crowd.there:
-            await self._pace()
+            await self._room.pace()
         return receipt.envelope_id or ""
 
     def submit_event(
@@ -362,11 +363,11 @@ class MQTTClient:
         try:
             receipt = self._engine.submit(*message)
         except QueueFullError as error:
-            receipt = await self._when_room(partial(self._engine.submit, *message), error, limit)
+            receipt = await self._room.submit(partial(self._engine.submit, *message), error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         elif self._backlog.crowd.there:
-            await self._pace()
+            await self._room.pace()
 
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
@@ -376,51 +377,9 @@ class MQTTClient:
         try:
             receipt = publish()
         except QueueFullError as full:
-            receipt = await self._when_room(publish, full, limit)
+            receipt = await self._room.submit(publish, full, limit)
         if receipt is not None:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
-
-    async def _when_room(self, submit: Callable[[], T], error: QueueFullError, limit: float | None) -> T:
-        """Submit what was refused with *error* again, waiting for room as long as *limit* allows."""
-        if limit == 0 or not error.retriable:
-            raise error
-        loop = asyncio.get_running_loop()
-        deadline = None if limit is None else loop.time() + limit
-        while True:
-            room: asyncio.Future[None] = loop.create_future()
-            tell = partial(self._bridge.post, partial(resolve, room))
-            timer = None if deadline is None else loop.call_at(deadline, resolve, room)
-            in_time = False
-            self._engine.when_room(tell)
-            try:
-                # Room may have come free between the refusal and the registration.
-                return submit()
-            except QueueFullError:
-                await room
-                in_time = deadline is None or loop.time() < deadline
-            finally:
-                if timer is not None:
-                    timer.cancel()
-                if not in_time:
-                    # Others wait for the same call.
-                    self._engine.never_mind(tell)
-            if not in_time:
-                return submit()
-
-    async def _pace(self) -> None:
-        """Let the network thread catch up with large messages, but not for long."""
-        if not self._backlog.joins_a_crowd():
-            return
-        loop = asyncio.get_running_loop()
-        left: asyncio.Future[None] = loop.create_future()
-        timer = loop.call_later(PACE_TIME, resolve, left)
-        tell = partial(self._bridge.post, partial(resolve, left))
-        self._backlog.crowd.when_gone(tell)
-        try:
-            await left
-        finally:
-            timer.cancel()
-            self._backlog.crowd.never_mind(tell)
 
     # -- subscribing ------------------------------------------------------------------------
 
