@@ -447,4 +447,5 @@ def _on_signals(action: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None is one that was not installed from Python
+                signal.signal(number, handler)

@@ -27,7 +27,7 @@ logger = logging.getLogger("tars_mqtt.dispatch")
 
 DEAD_LETTER_TYPE = "dead_letter"
 
-_AGAIN = 1.0
+_RETRY_DELAY = 1.0
 """Seconds until the next try when the disk of the outbox is full."""
 
 _MOST_LOSSY = 1_000
@@ -68,7 +68,10 @@ def dead_letter_topic(template: str, topic: str) -> str:
         raise TopicError(f"dead_letter must be a topic such as 'dead/{{topic}}', not {template!r}")
     if set("{}") & set(template.replace("{topic}", "")):
         raise TopicError(f"dead_letter knows {{topic}} and no other braces (got {template!r})")
-    return check_topic(template.replace("{topic}", topic))
+    try:
+        return check_topic(template.replace("{topic}", topic))
+    except TopicError as error:
+        raise TopicError(f"dead_letter {template!r} gives no topic: {error}") from None
 
 
 class DeadLetters:
@@ -103,7 +106,7 @@ class DeadLetters:
                 self._waiting.append((delivery, over))
         if too_many:
             self._give_up(delivery.message, QueueFullError("too many wait for room"), over)
-        elif not before or time.monotonic() - self._tried > _AGAIN:
+        elif not before or time.monotonic() - self._tried > _RETRY_DELAY:
             # Otherwise somebody is at it, or they wait for room; which nobody tells any more after a shutdown.
             self._bury_waiting()
 
@@ -142,7 +145,7 @@ class DeadLetters:
                     continue
                 self._give_up(delivery.message, error, over)
             except OutboxError:
-                self._outlet.call_later(_AGAIN, self._bury_waiting)
+                self._outlet.call_later(_RETRY_DELAY, self._bury_waiting)
                 return
             except (ClosedError, NotConnectedError):
                 self._leave_unburied()

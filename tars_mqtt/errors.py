@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
 
 class TarsMQTTError(Exception):
-    """The root: ``except TarsMQTTError`` catches all that this package raises on purpose."""
+    """The root of this package's own errors.
+
+    Not among them: `TypeError` and `ValueError` for arguments that nothing could be done with, the `TimeoutError` of
+    an iterator's wait, and the `CancelledError` of a receipt whose message was taken back.
+    """
 
 
 # -- the caller's input is wrong: mend it, retrying is no use -----------------------------
@@ -41,7 +48,8 @@ class EncodeError(TarsMQTTError, ValueError):
     """The data cannot be written as JSON, or a property as MQTT has it; nothing was sent.
 
     Attributes:
-        path: Where, ``data.items[3].price`` or ``properties.content_type`` for instance.
+        path: Where: ``data.items[3].price`` or ``properties.content_type`` for instance; ``payload`` or
+            ``envelope`` where it is in those themselves.
     """
 
     def __init__(self, message: str, path: str = "data") -> None:
@@ -153,3 +161,10 @@ class SubscribeError(TarsMQTTError):
     def __init__(self, message: str, refused: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
         self.refused = tuple(refused)
+
+
+def fresh(error: ErrorT) -> ErrorT:
+    """Another instance with the same cause: each waiter raises its own, or their tracebacks would mix."""
+    again = copy.copy(error)
+    again.__cause__ = error.__cause__
+    return again

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 
 from tars_mqtt._core.backlog import Backlog
+from tars_mqtt._core.event import Will
 from tars_mqtt._core.outgoing import Outgoing
-from tars_mqtt._core.transport import Will
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.envelope import encode_event
 from tars_mqtt.errors import TarsMQTTError
@@ -47,8 +48,8 @@ class Health:
         self._left = False
         """Whether the goodbye has been said."""
         # Owned by the network thread:
-        self._next_heartbeat = float("inf")
-        self._repeat_at = float("inf")
+        self._next_heartbeat = math.inf
+        self._repeat_at = math.inf
 
     # -- network thread ---------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ class Health:
             waits = self._own_receipt is not None and not self._own_receipt.done()
             self._state = self._own if waits else states[0]
             # By then the broker has given up any older connection of ours, whose will says we are dead.
-            self._repeat_at = float("inf") if first else now + 1.5 * self._config.keepalive
+            self._repeat_at = math.inf if first else now + 1.5 * self._config.keepalive
         if self._config.enable_heartbeat:
             self._next_heartbeat = now + self._config.heartbeat_interval
 
@@ -84,7 +85,7 @@ class Health:
             # Counted from now: after a pause there is one heartbeat, not one for each that was missed.
             self._next_heartbeat = now + self._config.heartbeat_interval
         if now >= self._repeat_at:
-            self._repeat_at = float("inf")
+            self._repeat_at = math.inf
             if self._state is not None:
                 self._publish(self._state.at(time.time()))
         return min(self._next_heartbeat, self._repeat_at)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -14,7 +13,7 @@ from typing import TypeVar
 from tars_mqtt._core.property import decode_properties
 from tars_mqtt._core.timeout import seconds
 from tars_mqtt.envelope import Envelope
-from tars_mqtt.errors import AckTimeoutError, DecodeError
+from tars_mqtt.errors import AckTimeoutError, DecodeError, fresh
 
 __all__ = ["Message", "PublishReceipt"]
 
@@ -144,8 +143,7 @@ class PublishReceipt:
         """
         error = self.exception(timeout)
         if error is not None:
-            # Waiters on other threads raise it, too: each gets its own traceback.
-            raise copy.copy(error) from error
+            raise fresh(error)
         return self.envelope_id
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import attrs
 
-from tars_mqtt.errors import OutboxError
+from tars_mqtt.errors import OutboxError, fresh
 
 __all__ = ["Outbox", "StoredMessage"]
 
@@ -311,7 +311,7 @@ class Outbox:
             if not write.over:
                 self._commit_gathered()
         if write.error is not None:
-            raise OutboxError(*write.error.args) from write.error
+            raise fresh(write.error)
 
     def _commit_gathered(self) -> None:
         with self._lock:
@@ -334,7 +334,7 @@ class Outbox:
             if error is None:
                 write.committed(numbers[index])
             elif write.failed is not None:
-                write.failed(OutboxError(*error.args))
+                write.failed(fresh(error))
             write.over = True
 
     @contextlib.contextmanager

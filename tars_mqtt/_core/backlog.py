@@ -20,6 +20,7 @@ from tars_mqtt.errors import (
     OutboxError,
     PublishRejectedError,
     QueueFullError,
+    fresh,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Backlog:
             if not self._fits(message.qos, size):
                 self._await_room(message.qos, size, timeout)
             if self._refusal is not None:
-                raise _fresh(self._refusal)
+                raise fresh(self._refusal)
             if spool is None:
                 self.firm.append(message)
             self.held += 1
@@ -132,7 +133,7 @@ class Backlog:
             try:
                 spool.store(message, self._stored)
             except OutboxError as error:
-                raise self._not_stored(spool, size, error) from error
+                raise self._not_stored(spool, size, error) from error.__cause__
         self._wake()
 
     def admit_lossy(  # noqa: C901, PLR0912 - in one piece, because calls are what costs
@@ -159,7 +160,7 @@ class Backlog:
         with self._lock:
             while True:
                 if self._refusal is not None:
-                    raise _fresh(self._refusal)
+                    raise fresh(self._refusal)
                 limits = self._limits
                 if limits is None:
                     raise _offline()
@@ -235,7 +236,7 @@ class Backlog:
             self._make_room(1, size)
         if self._callbacks:
             self._call_back(1)
-        return OutboxError(*error.args)
+        return fresh(error)
 
     def _not_stored_late(self, spool: Spool, message: Outgoing, error: OutboxError) -> None:
         message.receipt._fail(self._not_stored(spool, message.size, error))
@@ -379,11 +380,11 @@ class Backlog:
         for message in messages:  # a shutdown came meanwhile
             message.receipt._fail(left_in_outbox())
 
-    def over(self, message: Outgoing, size: int) -> None:
-        """A message of QoS 1 or 2, of that *size*, needs nothing more."""
+    def over(self, message: Outgoing) -> None:
+        """A message of QoS 1 or 2 needs nothing more."""
         if self._spool is not None:
             self._spool.discard(message)
-        self._free(1, size)
+        self._free(1, message.size)
 
     def take_lossy(self, most: int) -> tuple[list[bytes], int]:
         """Remove packets of QoS 0, about *most* bytes of them; returns them and how many bytes they are."""
@@ -466,8 +467,3 @@ def _offline() -> NotConnectedError:
         "there is no connection to the broker: a message of QoS 0 would be lost; "
         "publish with qos=1 to have it wait, or call wait_connected() first"
     )
-
-
-def _fresh(error: Exception) -> Exception:
-    """Each waiter gets its own instance."""
-    return type(error)(*error.args)

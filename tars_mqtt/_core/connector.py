@@ -12,19 +12,11 @@ import attrs
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Aside, Start
-from tars_mqtt._core.dial import LastingError, dial
+from tars_mqtt._core.dial import Interrupted, LastingError, dial
+from tars_mqtt._core.event import Connack, ConnectRequest, Event, Goodbye, Will
 from tars_mqtt._core.secret import Login, Secrets
-from tars_mqtt._core.transport import (
-    Connack,
-    ConnectionLostError,
-    ConnectRequest,
-    Event,
-    Goodbye,
-    Interrupted,
-    TLSAlertError,
-    Transport,
-    Will,
-)
+from tars_mqtt._core.stream import ConnectionLostError, TLSAlertError
+from tars_mqtt._core.transport import Transport
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ConfigError, ConnectError, ConnectRefusedError
 from tars_mqtt.url import BrokerURL, parse_proxy

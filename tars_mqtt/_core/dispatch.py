@@ -344,8 +344,7 @@ class Dispatcher:
             consumer.burst = max(1, consumer.burst // 2)
         elif size == consumer.burst < _LONGEST_BURST:
             consumer.burst *= 2
-        if self._watchers:
-            self._changed.notify_all()
+        self._tell()
         if consumer.limit and consumer.offered < takes and not consumer.closed:
             consumer.offered += 1
             return True

@@ -35,7 +35,7 @@ from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.dead_letter import DeadLetters, dead_letter_topic
 from tars_mqtt.dedup import DurableDeduplicator, MessageDeduplicator
 from tars_mqtt.envelope import encode_event
-from tars_mqtt.errors import SubscribeError
+from tars_mqtt.errors import EncodeError, SubscribeError, fresh
 from tars_mqtt.health import Health
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.topics import check_filter, topic_bytes
@@ -190,7 +190,10 @@ class Engine:
     ) -> PublishReceipt:
         """Queue raw bytes; for *wait_stored* see `Backlog.admit`."""
         if isinstance(payload, str):
-            payload = payload.encode()
+            try:
+                payload = payload.encode()
+            except UnicodeEncodeError:
+                raise EncodeError("the payload holds half of a surrogate pair", "payload") from None
         elif not isinstance(payload, bytes):
             if not isinstance(payload, (bytearray, memoryview)):
                 raise TypeError(
@@ -304,7 +307,7 @@ class Engine:
         """The broker refused, or did not answer within *limit*: remove the registration; what to tell the caller."""
         self.unregister(registration)
         if isinstance(error, SubscribeError):
-            return SubscribeError(str(error), error.refused)
+            return fresh(error)
         topic = registration.topic
         return SubscribeError(
             f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]

@@ -11,7 +11,7 @@ from tars_mqtt._core.dial import await_ready
 _MOST_HEAD_BYTES = 16_384
 """Of an HTTP answer."""
 
-_AGAIN = (BlockingIOError, InterruptedError)
+_NOT_READY = (BlockingIOError, InterruptedError)
 
 
 class Exchange:
@@ -28,7 +28,7 @@ class Exchange:
         while rest:
             try:
                 rest = rest[self._socket.send(rest) :]
-            except _AGAIN:
+            except _NOT_READY:
                 await_ready(self._socket, selectors.EVENT_WRITE, self._deadline, self._interrupted)
 
     def receive(self, count: int) -> bytes:
@@ -53,7 +53,7 @@ class Exchange:
         while True:
             try:
                 received = self._socket.recv(most)
-            except _AGAIN:
+            except _NOT_READY:
                 await_ready(self._socket, selectors.EVENT_READ, self._deadline, self._interrupted)
                 continue
             if not received:

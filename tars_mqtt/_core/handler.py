@@ -231,9 +231,8 @@ class HandlerCall:
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
         """The payload is not what the handler asks for."""
-        self._claims.release(
-            delivery
-        )  # not kept: its dead letter is still to come, and a kill may come before
+        # Not kept: its dead letter is still to come, and a kill may come before.
+        self._claims.release(delivery)
         message = delivery.message
         delivery.error = f"DecodeError: {error}"
         logger.warning(

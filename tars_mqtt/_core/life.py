@@ -17,7 +17,7 @@ from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.session import Session
-from tars_mqtt._core.state import ConnectionState, StateCell
+from tars_mqtt._core.state import TRYING, ConnectionState, StateCell
 from tars_mqtt._core.timeout import FOREVER
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import (
@@ -26,12 +26,11 @@ from tars_mqtt.errors import (
     NotConnectedError,
     SubscribeError,
     TarsMQTTError,
+    fresh,
 )
 from tars_mqtt.message import PublishReceipt
 
 logger = logging.getLogger("tars_mqtt.session")
-
-TRYING = (ConnectionState.CONNECTING, ConnectionState.RECONNECTING)
 
 _GOODBYE_SHARE = 0.1
 """Of the time for a shutdown: kept for the goodbye, whatever came before took."""
@@ -120,10 +119,10 @@ class Life:
             raise self.timed_out(attempt, timeout) from None
         except SubscribeError as error:
             self.came_about(attempt)
-            raise SubscribeError(str(error), error.refused) from error
-        except TarsMQTTError:
+            raise fresh(error) from error.__cause__
+        except TarsMQTTError as error:
             self.failed(attempt)
-            raise
+            raise fresh(error) from error.__cause__
         finally:
             self.over(attempt)
 

@@ -66,9 +66,12 @@ def checked(options: HandlerOptions, workers: int) -> HandlerOptions:
     _whole("concurrency", concurrency, 1)
     retries = options.get("retries", 0)
     _whole("retries", retries, 0)
-    retry_delay = seconds(options.get("retry_delay", 0.5), 0.5)
+    retry_delay = options.get("retry_delay", 0.5)
     if retry_delay is None:
-        raise ValueError("retry_delay must be a number of seconds, not None")
+        raise ValueError("retry_delay must be a number of seconds, at least 0, not None")
+    retry_delay = seconds(retry_delay, 0.5, "retry_delay") or 0.0
+    handler_timeout = options.get("handler_timeout", DEFAULT)
+    seconds(handler_timeout, 0.0, "handler_timeout")
     return HandlerOptions(
         concurrency=concurrency,
         order_by=order_by,
@@ -76,7 +79,7 @@ def checked(options: HandlerOptions, workers: int) -> HandlerOptions:
         retry_on=retry_on,
         retry_delay=retry_delay,
         dead_letter=options.get("dead_letter"),
-        handler_timeout=options.get("handler_timeout", DEFAULT),
+        handler_timeout=handler_timeout,
     )
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.backlog import Backlog
+from tars_mqtt._core.event import LAST_PAHO_PACKET_ID, Connack
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.suspicion import Suspicion
-from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID, Connack
 from tars_mqtt.errors import PublishRejectedError
 
 logger = logging.getLogger("tars_mqtt.publish")
@@ -120,7 +120,7 @@ class Outbound:
         if message is None:
             return
         del self._inflight[message.packet_id]
-        self._backlog.over(message, message.size)
+        self._backlog.over(message)
         self._rejected(
             message,
             f"the broker closed the connection each of the {message.strikes} times that it was sent; "
@@ -170,14 +170,14 @@ class Outbound:
         else:
             if not message.sent:
                 if not message.receipt._mark_sent():
-                    self._backlog.over(message, message.size)  # taken back in time
+                    self._backlog.over(message)  # taken back in time
                     return None
                 if message.stored is not None and self._backlog.too_old(message):
-                    self._backlog.over(message, message.size)
+                    self._backlog.over(message)
                     self._rejected(message, "it waited in the outbox for longer than outbox_max_age", None)
                     return None
                 if message.properties is not None and message.properties.expired(self._clock()):
-                    self._backlog.over(message, message.size)
+                    self._backlog.over(message)
                     self._rejected(
                         message, "its message_expiry_interval was over before it could be sent", None
                     )
@@ -197,7 +197,7 @@ class Outbound:
             )
             objection = self._limits.objection(message.qos, message.retain, len(packet))
             if objection:
-                self._backlog.over(message, message.size)
+                self._backlog.over(message)
                 self._rejected(message, objection, None)
                 return None
             self.messages += 1
@@ -242,7 +242,7 @@ class Outbound:
             return self._received(message, packet_id, reason)
         if message is None or kind != (wire.PUBACK if message.qos == 1 else wire.PUBCOMP):
             return None  # repeated, or of a session that is gone
-        self._settle(message, kind, reason)
+        self._settle(message, reason)
         return None
 
     def _received(self, message: Outgoing | None, packet_id: int, reason: int) -> bytes | None:
@@ -253,19 +253,18 @@ class Outbound:
                 else wire.encode_ack(wire.PUBREL, packet_id)
             )
         if reason >= 0x80:
-            self._settle(message, wire.PUBREC, reason)
+            self._settle(message, reason)
             return None
         message.received = True
-        self.suspicion.acknowledged(message, message.size)
+        self.suspicion.acknowledged(message)
         return wire.encode_ack(wire.PUBREL, packet_id)
 
-    def _settle(self, message: Outgoing, kind: int, reason: int) -> None:
+    def _settle(self, message: Outgoing, reason: int) -> None:
         del self._inflight[message.packet_id]
-        size = message.size
-        self.suspicion.acknowledged(message, size)
-        self._backlog.over(message, size)
+        self.suspicion.acknowledged(message)
+        self._backlog.over(message)
         if reason >= 0x80:
-            self._rejected(message, wire.reason_name(kind, reason), reason)
+            self._rejected(message, wire.reason_name(reason), reason)
         else:
             self.acknowledgements += 1
             message.receipt._settle()

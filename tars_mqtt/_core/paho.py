@@ -224,7 +224,7 @@ class Control:
             return [Connack(code=1, reason="unsupported protocol version", session_present=False)]
         if first == wire.CONNACK and len(body) > 2 and body[1] >= 0x80:
             # Nor a refusal for a reason that it does not expect here.
-            reason = wire.reason_name(wire.CONNACK, body[1]).lower()
+            reason = wire.reason_name(body[1]).lower()
             return [Connack(code=body[1], reason=reason, session_present=False)]
         if code != mqtt.MQTT_ERR_SUCCESS:
             raise ConnectionLostError(f"the broker sent a malformed packet (type {first >> 4})")

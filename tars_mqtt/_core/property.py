@@ -14,7 +14,6 @@ import attrs
 
 from tars_mqtt._core.wire import (
     MAX_PROPERTIES_BYTES,
-    PROTOCOL_ERROR,
     MalformedPacketError,
     decode_text,
     decode_varint,
@@ -208,7 +207,7 @@ def decode_properties(raw: bytes) -> dict[str, object]:
                 raise MalformedPacketError(f"PUBLISH with the property 0x{identifier:02x} (section 2.2.2.2)")
             name, read = known
             if name in found:
-                raise MalformedPacketError(f"{name} more than once (section 3.3.2.3)", PROTOCOL_ERROR)
+                raise MalformedPacketError(f"{name} more than once (section 3.3.2.3)")
             found[name], position = read(raw, position)
     if user_properties:
         found["user_properties"] = user_properties
@@ -240,7 +239,7 @@ def _read_text(raw: bytes, position: int) -> tuple[str, int]:
 def _read_payload_format(raw: bytes, position: int) -> tuple[int, int]:
     value, end = _read_uint(raw, position, 1)
     if value > 1:
-        raise MalformedPacketError(f"payload format indicator {value} (section 3.3.2.3.2)", PROTOCOL_ERROR)
+        raise MalformedPacketError(f"payload format indicator {value} (section 3.3.2.3.2)")
     return value, end
 
 
@@ -251,21 +250,21 @@ def _read_expiry(raw: bytes, position: int) -> tuple[int, int]:
 def _read_topic_alias(raw: bytes, position: int) -> tuple[int, int]:
     value, end = _read_uint(raw, position, 2)
     if not value:
-        raise MalformedPacketError("topic alias 0 [MQTT-3.3.2-8]", PROTOCOL_ERROR)
+        raise MalformedPacketError("topic alias 0 [MQTT-3.3.2-8]")
     return value, end
 
 
 def _read_response_topic(raw: bytes, position: int) -> tuple[str, int]:
     value, end = _read_text(raw, position)
     if "+" in value or "#" in value:
-        raise MalformedPacketError("response topic with a wildcard [MQTT-3.3.2-14]", PROTOCOL_ERROR)
+        raise MalformedPacketError("response topic with a wildcard [MQTT-3.3.2-14]")
     return value, end
 
 
 def _read_identifier(raw: bytes, position: int) -> tuple[int, int]:
     value, end = decode_varint(raw, position)
     if not value:
-        raise MalformedPacketError("subscription identifier 0 (section 3.3.2.3.8)", PROTOCOL_ERROR)
+        raise MalformedPacketError("subscription identifier 0 (section 3.3.2.3.8)")
     return value, end
 
 

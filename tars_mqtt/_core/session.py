@@ -12,28 +12,26 @@ from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backoff import Backoff
 from tars_mqtt._core.connector import MQTT_5, Connection, Connector, curable
+from tars_mqtt._core.dial import Interrupted
+from tars_mqtt._core.event import (
+    LAST_PAHO_PACKET_ID,
+    Connack,
+    Event,
+    Goodbye,
+    Packets,
+    Suback,
+    Unsuback,
+    Will,
+)
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.liveness import Liveness
 from tars_mqtt._core.network import NetworkThread
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
-from tars_mqtt._core.state import ConnectionState, StateCell
+from tars_mqtt._core.state import TRYING, ConnectionState, StateCell
+from tars_mqtt._core.stream import ConnectionLostError, HungUpError, SilenceError
 from tars_mqtt._core.subscriber import Subscriber
-from tars_mqtt._core.transport import (
-    LAST_PAHO_PACKET_ID,
-    Connack,
-    ConnectionLostError,
-    Event,
-    Goodbye,
-    HungUpError,
-    Interrupted,
-    Packets,
-    SilenceError,
-    Suback,
-    Transport,
-    Unsuback,
-    Will,
-)
+from tars_mqtt._core.transport import Transport
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, ConfigError, ConnectError, ConnectRefusedError
 from tars_mqtt.url import BrokerURL
@@ -49,7 +47,7 @@ _MOST_UNSENT_PACKETS = 4 * _PACKET_IDS
 asks for more answers and reads none must not fill our memory."""
 _HOMELESS_TIME = 2.0
 """Seconds after the last subscribe that messages of an earlier process wait for one to take them."""
-_AGAIN = 0.05
+_SUSPECT_AGAIN = 0.05
 """Seconds until a duty is looked at again that is due, and could not be done."""
 _PAUSED_LOOK = 1.0
 """Seconds between two looks at a connection that is not read."""
@@ -108,8 +106,8 @@ class Session:
         self._hang_ups = 0
         self._ready = False
         self._liveness = Liveness(1.0, 1.0, 0.0, 0.0)
-        self._restore_by = float("inf")
-        self._homeless_until = float("inf")
+        self._restore_by = math.inf
+        self._homeless_until = math.inf
 
     # -- any thread -------------------------------------------------------------------------
 
@@ -157,7 +155,7 @@ class Session:
         finally:
             self.transport.close()
             self.thread.run_commands()
-            for state in (ConnectionState.CONNECTING, ConnectionState.RECONNECTING):
+            for state in TRYING:
                 self._state.replace(state, ConnectionState.DISCONNECTED)  # nobody tries any more
             self._settle_first(ClosedError("the client was shut down while it connected"))
 
@@ -249,7 +247,7 @@ class Session:
         self._liveness = Liveness(keepalive, patience, now, now)
         self._restore_by = now + config.connect_timeout
         self.inbound.new_connection(self._v5, resumed, strange=connack.session_present and not resumed)
-        self._homeless_until = now + _HOMELESS_TIME if self.inbound.may_be_homeless else float("inf")
+        self._homeless_until = now + _HOMELESS_TIME if self.inbound.may_be_homeless else math.inf
         # First the subscriptions: what is published on them by ourselves must find them.
         self._subscriber.connected(connack, resumed)
         self._outbound.connected(connack, self._v5, resumed)
@@ -266,8 +264,8 @@ class Session:
         if self._ready or not self._subscriber.restored:
             return
         self._ready = True
-        self._restore_by = float("inf")
-        for state in (ConnectionState.CONNECTING, ConnectionState.RECONNECTING):  # and not out of a shutdown
+        self._restore_by = math.inf
+        for state in TRYING:  # and not out of a shutdown
             self._state.replace(state, ConnectionState.CONNECTED)
         if self._state.value is ConnectionState.CONNECTED:
             self._companion.ready(first=self.connections == 1)
@@ -352,7 +350,7 @@ class Session:
     def _subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         self.inbound.rehouse()
         self.inbound.hand_over()
-        if self._homeless_until != float("inf"):
+        if self._homeless_until != math.inf:
             self._homeless_until = time.monotonic() + _HOMELESS_TIME
         self._subscriber.subscribe(entry, registration, waiter)
 
@@ -377,12 +375,12 @@ class Session:
         if now >= self._restore_by:
             raise ConnectionLostError("the broker did not acknowledge the subscriptions in time")
         if now >= self._homeless_until:
-            self._homeless_until = float("inf")
+            self._homeless_until = math.inf
             self.inbound.settle_homeless()
             return 0.0  # the acknowledgements come first: the broker may wait for them
         suspicious = self._outbound.suspicion.look_again_at
         if suspicious <= now:
-            suspicious = now + _AGAIN  # there is no room to go on with it
+            suspicious = now + _SUSPECT_AGAIN  # there is no room to go on with it
         due = min(liveness.deadline(), self._restore_by, self._homeless_until, suspicious, look_again)
         if self._ready:
             due = min(due, self._companion.tick(now))

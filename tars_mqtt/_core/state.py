@@ -29,6 +29,10 @@ class ConnectionState(enum.Enum):
     CLOSED = "closed"
 
 
+TRYING = (ConnectionState.CONNECTING, ConnectionState.RECONNECTING)
+"""A connection is on its way."""
+
+
 class StateCell:
     """One `ConnectionState`, set by whoever makes it true and awaited by anyone.
 

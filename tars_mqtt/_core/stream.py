@@ -157,8 +157,8 @@ class Stream:
     def _split(self, data: bytes) -> list[tuple[int, bytes]]:
         try:
             packets, consumed, self._needed = wire.split_packets(data, self._packet_limit, self._v5)
-        except wire.MalformedPacketError as error:
-            if error.reason != wire.PACKET_TOO_LARGE or data[0] & 0xF0 != wire.PUBLISH:
+        except wire.PacketTooLargeError:
+            if data[0] & 0xF0 != wire.PUBLISH:
                 raise
             length, start = wire.decode_varint(data, 1)
             self._passed_over = _PassedOver(data[0], length)

@@ -6,8 +6,10 @@ import logging
 from concurrent.futures import Future
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.event import Connack, Suback, Unsuback
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
-from tars_mqtt._core.transport import Connack, ConnectionLostError, Suback, Transport, Unsuback
+from tars_mqtt._core.stream import ConnectionLostError
+from tars_mqtt._core.transport import Transport
 from tars_mqtt.errors import SubscribeError
 
 logger = logging.getLogger("tars_mqtt.session")
@@ -125,7 +127,7 @@ class Subscriber:
             entry.session = self._session
             self._tell(entry, None)
         else:
-            reason = wire.reason_name(wire.SUBACK, code)
+            reason = wire.reason_name(code)
             logger.error(
                 "the broker refused the subscription %r: %s",
                 entry.topic_filter,

@@ -85,11 +85,11 @@ class Suspicion:
         # What is known of larger messages clears the smaller ones.
         return message.strikes > 0 and message.size > self._largest
 
-    def acknowledged(self, message: Outgoing, size: int) -> None:
-        """The broker takes messages of this *size*."""
+    def acknowledged(self, message: Outgoing) -> None:
+        """The broker takes messages of this size."""
         self._answered = True
         self.wants_answer = False
-        self._largest = max(self._largest, size)
+        self._largest = max(self._largest, message.size)
         if message is self._alone:
             self._alone = None
 

@@ -13,47 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.density import Density
-from tars_mqtt._core.dial import Interrupted
 from tars_mqtt._core.event import (
-    LAST_PAHO_PACKET_ID,
     PAHO_PACKETS,
-    Connack,
     ConnectRequest,
     Event,
-    Goodbye,
     Packets,
-    Suback,
-    Unsuback,
-    Will,
 )
 from tars_mqtt._core.stream import (
     ConnectionLostError,
-    HungUpError,
-    SilenceError,
     Stream,
-    TLSAlertError,
 )
 
 if TYPE_CHECKING:
     from tars_mqtt._core.paho import Control
-
-__all__ = [
-    "LAST_PAHO_PACKET_ID",
-    "Connack",
-    "ConnectRequest",
-    "ConnectionLostError",
-    "Event",
-    "Goodbye",
-    "HungUpError",
-    "Interrupted",
-    "Packets",
-    "SilenceError",
-    "Suback",
-    "TLSAlertError",
-    "Transport",
-    "Unsuback",
-    "Will",
-]
 
 _DIALOGUE_GAP = 0.00005
 """Seconds between two messages that do not come one right after the other."""

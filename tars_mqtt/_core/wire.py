@@ -35,10 +35,7 @@ MAX_PROPERTIES_BYTES: Final = 65_535
 
 _BESIDE_PAYLOAD: Final = 5 + 2 + 65_535 + 2 + 3 + MAX_PROPERTIES_BYTES
 
-MALFORMED_PACKET: Final = 0x81
-PROTOCOL_ERROR: Final = 0x82
 PACKET_IDENTIFIER_NOT_FOUND: Final = 0x92
-PACKET_TOO_LARGE: Final = 0x95
 
 Publish: TypeAlias = tuple[str, bytes, int, bool, bool, int, bytes]
 """Topic, payload, QoS, retain, dup, packet id (0 with QoS 0), packed properties without their length."""
@@ -70,15 +67,11 @@ _pack_uint16 = struct.Struct("!H").pack
 
 
 class MalformedPacketError(Exception):
-    """The peer sent what the standard forbids; the connection cannot go on.
+    """The peer sent what the standard forbids; the connection cannot go on."""
 
-    Attributes:
-        reason: The standard's reason code for it [section 2.4].
-    """
 
-    def __init__(self, message: str, reason: int = MALFORMED_PACKET) -> None:
-        super().__init__(message)
-        self.reason = reason
+class PacketTooLargeError(MalformedPacketError):
+    """A packet is larger than we told the peer that we take."""
 
 
 def packet_limit(max_payload_bytes: int) -> int:
@@ -164,9 +157,8 @@ def _header_error(first: int, legal: bool, length: int, limit: int) -> Malformed
         )
     if length == _UNENDING:
         return MalformedPacketError("remaining length of more than four bytes (section 2.1.4)")
-    return MalformedPacketError(
-        f"packet with a body of {length:,} bytes, above the limit of {limit:,} [MQTT-3.1.2-24]",
-        PACKET_TOO_LARGE,
+    return PacketTooLargeError(
+        f"packet with a body of {length:,} bytes, above the limit of {limit:,} [MQTT-3.1.2-24]"
     )
 
 
@@ -270,7 +262,7 @@ def decode_publish(  # noqa: C901 - in one piece, because calls are what costs
     if position > len(body):
         raise MalformedPacketError("PUBLISH ends inside its variable header (section 3.3.2)")
     if qos and not packet_id:
-        raise MalformedPacketError("PUBLISH with packet identifier 0 [MQTT-2.2.1-4]", PROTOCOL_ERROR)
+        raise MalformedPacketError("PUBLISH with packet identifier 0 [MQTT-2.2.1-4]")
     return topic, body[position:], qos, retain, dup, packet_id, properties
 
 
@@ -279,7 +271,7 @@ def _decode_topic(raw: bytes, length: int) -> str:
         raise MalformedPacketError("PUBLISH ends inside its topic (section 3.3.2.1)")
     if not raw:
         # Topic aliases do not come into it: a client that announces none is sent none [MQTT-3.1.2-27].
-        raise MalformedPacketError("PUBLISH with an empty topic [MQTT-4.7.3-1]", PROTOCOL_ERROR)
+        raise MalformedPacketError("PUBLISH with an empty topic [MQTT-4.7.3-1]")
     if b"+" in raw or b"#" in raw:
         raise MalformedPacketError("PUBLISH with a wildcard in its topic [MQTT-3.3.2-2]")
     topic = decode_text(raw)
@@ -320,7 +312,7 @@ def decode_ack(body: bytes | bytearray | memoryview, v5: bool) -> tuple[int, int
         raise MalformedPacketError(f"acknowledgement with a body of {size} bytes (section 3.4)")
     packet_id = body[0] << 8 | body[1]
     if not packet_id:
-        raise MalformedPacketError("acknowledgement of packet identifier 0 [MQTT-2.2.1-5]", PROTOCOL_ERROR)
+        raise MalformedPacketError("acknowledgement of packet identifier 0 [MQTT-2.2.1-5]")
     if size == 2:
         return packet_id, 0
     if size > 3:
@@ -333,33 +325,15 @@ def decode_ack(body: bytes | bytearray | memoryview, v5: bool) -> tuple[int, int
 # -- reasons ----------------------------------------------------------------------------------
 
 
-def reason_name(kind: int, code: int) -> str:
-    """A reason code of MQTT 5, or a return code of a CONNACK of MQTT 3.1.1, in the words of the standard."""
+def reason_name(code: int) -> str:
+    """A reason code of a failure in the words of the standard, the same in every packet [section 2.4]."""
     if 0 <= code - 0x80 < len(_FAILURES):
         return _FAILURES[code - 0x80]
-    name = _OUTCOMES.get((kind, code))
-    if name is None:
-        name = "Success" if code == 0 else f"unknown reason 0x{code:02x}"
-    return name
+    return f"unknown reason 0x{code:02x}"
 
 
-_OUTCOMES: Final = {
-    (CONNACK, 1): "Connection Refused, unacceptable protocol version",
-    (CONNACK, 2): "Connection Refused, identifier rejected",
-    (CONNACK, 3): "Connection Refused, Server unavailable",
-    (CONNACK, 4): "Connection Refused, bad user name or password",
-    (CONNACK, 5): "Connection Refused, not authorized",
-    (PUBACK, 0x10): "No matching subscribers",
-    (PUBREC, 0x10): "No matching subscribers",
-    (SUBACK, 0): "Granted QoS 0",
-    (SUBACK, 1): "Granted QoS 1",
-    (SUBACK, 2): "Granted QoS 2",
-    (UNSUBACK, 0x11): "No subscription existed",
-    (DISCONNECT, 0): "Normal disconnection",
-    (DISCONNECT, 4): "Disconnect with Will Message",
-}
 # fmt: off
-_FAILURES: Final = (  # 0x80 to 0xA2 without a gap; each means the same in every packet
+_FAILURES: Final = (  # 0x80 to 0xA2 without a gap
     "Unspecified error", "Malformed Packet", "Protocol Error", "Implementation specific error",
     "Unsupported Protocol Version", "Client Identifier not valid", "Bad User Name or Password",
     "Not authorized",

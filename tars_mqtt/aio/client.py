@@ -17,10 +17,10 @@ from typing import Any, Self, TypeVar, Unpack
 
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
-from tars_mqtt._core.life import TRYING, Attempt
+from tars_mqtt._core.life import Attempt
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
-from tars_mqtt._core.state import ConnectionState
+from tars_mqtt._core.state import TRYING, ConnectionState
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.aio.direct import PahoFace
@@ -29,7 +29,7 @@ from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.room import Room
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError
+from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError, fresh
 from tars_mqtt.settings import Overrides, Settings
 from tars_mqtt.topics import check_filter
 
@@ -132,11 +132,11 @@ class MQTTClient:
             raise await _to_the_end(self._blocking(life.timed_out, attempts[0], limit)) from None
         except SubscribeError as error:
             life.came_about(attempts[0])
-            raise SubscribeError(str(error), error.refused) from error
-        except TarsMQTTError:
+            raise fresh(error) from error.__cause__
+        except TarsMQTTError as error:
             if attempts:
                 await _to_the_end(self._blocking(life.failed, attempts[0]))
-            raise
+            raise fresh(error) from error.__cause__
         except asyncio.CancelledError:
             if attempts:
                 await _to_the_end(self._blocking(life.give_up, attempts[0]))
@@ -229,7 +229,7 @@ class MQTTClient:
         """
         loop = self._on_loop()
         self._stop = stop = asyncio.Event()
-        installed = []
+        before: dict[signal.Signals, Any] = {}
 
         def end() -> None:
             stop.set()
@@ -238,8 +238,9 @@ class MQTTClient:
         for number in (signal.SIGINT, signal.SIGTERM):
             # Neither on other threads than the main one, nor on Windows.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+                handler = signal.getsignal(number)
                 loop.add_signal_handler(number, end)
-                installed.append(number)
+                before[number] = handler
         try:
             await self.connect(timeout)
             await stop.wait()
@@ -250,8 +251,10 @@ class MQTTClient:
             try:
                 await self.shutdown()
             finally:  # not before: another signal would end the process in the middle of its goodbye
-                for number in installed:
+                for number, handler in before.items():
                     loop.remove_signal_handler(number)
+                    if handler is not None:  # asyncio's own for Ctrl-C, for instance
+                        signal.signal(number, handler)
 
     async def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first."""

@@ -16,9 +16,10 @@ from unittest.mock import patch
 import attrs
 
 from tars_mqtt import DecodeError, MQTTClientConfig
-from tars_mqtt._core import connector, transport
+from tars_mqtt._core import connector
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.engine import Engine
+from tars_mqtt._core.event import Event
 from tars_mqtt._core.websocket import Websocket
 from tests.support import packet as mqtt
 from tests.support.packet import Property
@@ -156,7 +157,7 @@ def besiege(
     poll = session.transport.poll
     idle = 0
 
-    def poll_at_once(_: float, more: bool, patience: float = 0.0) -> list[transport.Event]:
+    def poll_at_once(_: float, more: bool, patience: float = 0.0) -> list[Event]:
         """As ever, but without waiting; where nothing is read any more, the client is made to leave."""
         nonlocal idle
         before = wire.looks

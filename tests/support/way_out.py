@@ -9,11 +9,11 @@ import attrs
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.backlog import Backlog
+from tars_mqtt._core.event import Connack
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt._core.property import Properties, encode_properties
 from tars_mqtt._core.stats import Counters
-from tars_mqtt._core.transport import Connack
 from tars_mqtt.message import PublishReceipt
 from tests.support import packet as mqtt
 from tests.support.clock import FakeClock

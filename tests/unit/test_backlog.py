@@ -10,8 +10,8 @@ import pytest
 
 from tars_mqtt._core import crowd, wire
 from tars_mqtt._core.backlog import Backlog
+from tars_mqtt._core.event import LAST_PAHO_PACKET_ID
 from tars_mqtt._core.outgoing import Outgoing
-from tars_mqtt._core.transport import LAST_PAHO_PACKET_ID
 from tars_mqtt.errors import (
     ClosedError,
     NotConnectedError,

@@ -101,7 +101,7 @@ def test_one_that_the_broker_would_never_take_does_not_stop_those_behind_it() ->
 def test_those_that_a_shutdown_left_waiting_for_the_disk_are_tried_again_with_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dead_letter, "_AGAIN", 0.001)
+    monkeypatch.setattr(dead_letter, "_RETRY_DELAY", 0.001)
     outlet, over = FakeOutlet(OutboxError("the disk is full")), []
     letters = DeadLetters("dead", "a", outlet, "me")
     bury(letters, over, 1)

@@ -109,7 +109,7 @@ def test_a_connection_that_ends_much_later_condemns_nobody(suspicion: Suspicion,
 
 
 def test_an_acknowledged_size_is_above_suspicion(suspicion: Suspicion) -> None:
-    suspicion.acknowledged(message(500), 500)
+    suspicion.acknowledged(message(500))
     smaller = message(499)
     suspicion.sent(smaller)
     assert suspicion.hung_up([smaller]) is None
@@ -121,7 +121,7 @@ def test_an_acknowledged_size_is_above_suspicion(suspicion: Suspicion) -> None:
 def test_a_suspect_that_arrives_lets_the_others_go(suspicion: Suspicion, clock: FakeClock) -> None:
     suspect = suspected(suspicion)
     sent_alone(suspicion, suspect, clock)
-    suspicion.acknowledged(suspect, suspect.size)
+    suspicion.acknowledged(suspect)
     assert suspicion.may_send(message(1), others_in_flight=False)
 
 
@@ -131,5 +131,5 @@ def test_a_suspect_that_arrives_clears_those_of_its_size(suspicion: Suspicion, c
     assert suspicion.hung_up([first, second]) is None
     suspicion.new_connection()
     sent_alone(suspicion, first, clock)
-    suspicion.acknowledged(first, first.size)
+    suspicion.acknowledged(first)
     assert suspicion.may_send(second, others_in_flight=True)

@@ -207,9 +207,8 @@ def test_a_publish_that_ends_inside_its_header_is_malformed(v5: bool) -> None:
 
 @pytest.mark.parametrize("first", [0x32, 0x34])
 def test_packet_identifier_0_is_a_protocol_error(first: int) -> None:
-    with pytest.raises(MalformedPacketError, match=r"MQTT-2\.2\.1-4") as caught:
+    with pytest.raises(MalformedPacketError, match=r"MQTT-2\.2\.1-4"):
         wire.decode_publish(first, b"\0\1a\0\0\0", True)
-    assert caught.value.reason == wire.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize(
@@ -392,9 +391,8 @@ def test_a_packet_above_the_limit_is_refused_before_its_body_arrives() -> None:
     assert wire.split_packets(header, 203) == ([], 0, 203)
     assert wire.split_packets(header + bytes(200), 203)[0] == [(0x30, 3, 203)]
     for packet in (header, header + bytes(200), b"\xf0\xc8\x01"):
-        with pytest.raises(MalformedPacketError, match="body of 200 bytes, above the limit of 202") as caught:
+        with pytest.raises(wire.PacketTooLargeError, match="body of 200 bytes, above the limit of 202"):
             wire.split_packets(packet, 202)
-        assert caught.value.reason == wire.PACKET_TOO_LARGE
 
 
 def test_a_length_of_more_than_four_bytes_is_malformed() -> None:
@@ -402,7 +400,7 @@ def test_a_length_of_more_than_four_bytes_is_malformed() -> None:
     for header in (b"\x30\xff\xff\xff\xff", b"\x30\x80\x80\x80\x80\x00"):
         with pytest.raises(MalformedPacketError, match="more than four bytes") as caught:
             wire.split_packets(header, NO_LIMIT)
-        assert caught.value.reason == wire.MALFORMED_PACKET
+        assert not isinstance(caught.value, wire.PacketTooLargeError)
 
 
 @given(st.integers(0, MAX_REMAINING_LENGTH), st.binary(max_size=3), st.binary(max_size=3))
@@ -449,41 +447,28 @@ def test_any_bytes_are_a_result_or_malformed(first: int, body: bytes, v5: bool) 
 # -- reasons --------------------------------------------------------------------------------
 
 
-def test_every_reason_that_paho_knows_has_its_name_in_the_standard() -> None:
+def test_every_failure_that_paho_knows_has_its_name_in_the_standard() -> None:
     """Where paho's words are not the standard's, the standard's are written out here."""
     standard = {
-        0x11: "no subscription existed",
         0x9E: "shared subscriptions not supported",
         0xA2: "wildcard subscriptions not supported",
     }
-    kinds = [wire.CONNACK, *ACKS, wire.SUBACK, wire.UNSUBACK, wire.DISCONNECT]
-    checked = set()
-    for code, names in ReasonCode.names.items():
-        for name, packet_types in names.items():
-            for kind in kinds:
-                if kind >> 4 in packet_types:
-                    assert wire.reason_name(kind, code).lower() == standard.get(code, name.lower())
-                    checked.add(code)
-    assert len(checked) >= 40
+    failures = {code: names for code, names in ReasonCode.names.items() if code >= 0x80}
+    for code, names in failures.items():
+        assert {wire.reason_name(code).lower()} == {standard.get(code, name.lower()) for name in names}
+    assert len(failures) >= 30
 
 
 @pytest.mark.parametrize(
-    ("kind", "code", "name"),
+    ("code", "name"),
     [
-        (wire.CONNACK, 0, "Success"),
-        (wire.CONNACK, 5, "Connection Refused, not authorized"),
-        (wire.CONNACK, 0x86, "Bad User Name or Password"),
-        (wire.PUBACK, 0, "Success"),
-        (wire.PUBACK, 0x10, "No matching subscribers"),
-        (wire.PUBACK, 0x05, "unknown reason 0x05"),
-        (wire.SUBACK, 1, "Granted QoS 1"),
-        (wire.SUBACK, 0x80, "Unspecified error"),
-        (wire.DISCONNECT, 0, "Normal disconnection"),
-        (wire.DISCONNECT, 0x8E, "Session taken over"),
-        (wire.DISCONNECT, 0xA2, "Wildcard Subscriptions not supported"),
-        (wire.DISCONNECT, 0xA3, "unknown reason 0xa3"),
-        (wire.DISCONNECT, 0x7F, "unknown reason 0x7f"),
+        (0x80, "Unspecified error"),
+        (0x8E, "Session taken over"),
+        (0xA2, "Wildcard Subscriptions not supported"),
+        (0xA3, "unknown reason 0xa3"),
+        (0x7F, "unknown reason 0x7f"),
+        (0x05, "unknown reason 0x05"),
     ],
 )
-def test_a_reason_is_named_in_the_words_of_the_standard(kind: int, code: int, name: str) -> None:
-    assert wire.reason_name(kind, code) == name
+def test_a_failure_is_named_in_the_words_of_the_standard(code: int, name: str) -> None:
+    assert wire.reason_name(code) == name
