@@ -156,7 +156,7 @@ class Outbox:
             return
         try:
             self._delete(discarded)
-        except OutboxError:
+        except BaseException:
             with self._lock:
                 self._discarded += discarded
             raise
@@ -304,38 +304,71 @@ class Outbox:
     # -- group commit -------------------------------------------------------------------------
 
     def _commit(self, write: _Write) -> None:
-        with self._lock:
-            self._writes.append(write)
-        # Whoever gets the turn commits what has gathered meanwhile, its own write included.
-        with self._turn:
-            if not write.over:
-                self._commit_gathered()
+        try:
+            with self._lock:
+                self._writes.append(write)
+            # Whoever gets the turn commits what has gathered meanwhile, its own write included.
+            with self._turn:
+                if not write.over:
+                    self._commit_gathered()
+        except BaseException:  # Ctrl-C, as a rule
+            self._take_back(write)
+            raise
         if write.error is not None:
             raise fresh(write.error)
 
+    def _take_back(self, write: _Write) -> None:
+        """Nobody waits for *write* any more: it is over already, or never happens."""
+        with self._turn, self._lock, contextlib.suppress(ValueError):
+            self._writes.remove(write)
+
     def _commit_gathered(self) -> None:
+        """Commit all writes. Those that are not over, because the commit was interrupted, are left to the next."""
         with self._lock:
             writes = list(self._writes)
-            self._writes.clear()
         if not writes:
             return
-        numbers: list[int] = []
+        rows: list[int] = []
         error: OutboxError | None = None
         try:
-            with self._reported(), self._connection:
-                self._connection.execute("BEGIN")
-                for write in writes:
-                    cursor = self._connection.execute(write.statement, write.row)
-                    numbers.append(cursor.lastrowid or 0)
+            with self._reported():
+                self._write(writes, rows)
         except OutboxError as failure:
             error = failure
-        for index, write in enumerate(writes):
-            write.error = error
-            if error is None:
-                write.committed(numbers[index])
-            elif write.failed is not None:
-                write.failed(fresh(error))
-            write.over = True
+        except BaseException:
+            if len(rows) == len(writes):  # it came when they were on disk
+                self._tell(zip(writes, rows, strict=True))
+            raise
+        self._tell(zip(writes, [0] * len(writes) if error else rows, strict=True), error)
+
+    def _write(self, writes: list[_Write], rows: list[int]) -> None:
+        """Put *writes* on disk, and the number of each one's last row in *rows*; unless they are there, it is empty."""
+        connection = self._connection
+        try:
+            connection.execute("BEGIN")
+            rows.extend(connection.execute(write.statement, write.row).lastrowid or 0 for write in writes)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                rows.clear()
+                connection.rollback()
+            raise
+
+    def _tell(self, ended: Iterator[tuple[_Write, int]], error: OutboxError | None = None) -> None:
+        """Tell each write what became of it, and once, also if an interruption comes in between."""
+        try:
+            for write, row in ended:
+                with self._lock:
+                    self._writes.popleft()
+                write.error = error
+                write.over = True  # whoever waits for it cannot look before the turn is over
+                if error is None:
+                    write.committed(row)
+                elif write.failed is not None:
+                    write.failed(fresh(error))
+        except BaseException:
+            self._tell(ended, error)
+            raise
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

@@ -134,6 +134,12 @@ class Backlog:
                 spool.store(message, self._stored)
             except OutboxError as error:
                 raise self._not_stored(spool, size, error) from error.__cause__
+            except BaseException:  # Ctrl-C, as a rule
+                if message.stored is None:
+                    self._give_back(spool, size)
+                else:
+                    self._wake()  # it came when the message was on disk already
+                raise
         self._wake()
 
     def admit_lossy(  # noqa: C901, PLR0912 - in one piece, because calls are what costs
@@ -230,13 +236,19 @@ class Backlog:
 
     def _not_stored(self, spool: Spool, size: int, error: OutboxError) -> Exception:
         """What to say of a message that was admitted, and could not be written by *spool*."""
+        if not self._give_back(spool, size):
+            return ClosedError("the client was shut down before the message was on disk")
+        return fresh(error)
+
+    def _give_back(self, spool: Spool, size: int) -> bool:
+        """Free the room of a message that is not in *spool*; False when all that was held is given up already."""
         with self._lock:
-            if self._spool is not spool:  # all that was held is given up already
-                return ClosedError("the client was shut down before the message was on disk")
+            if self._spool is not spool:
+                return False
             self._make_room(1, size)
         if self._callbacks:
             self._call_back(1)
-        return fresh(error)
+        return True
 
     def _not_stored_late(self, spool: Spool, message: Outgoing, error: OutboxError) -> None:
         message.receipt._fail(self._not_stored(spool, message.size, error))

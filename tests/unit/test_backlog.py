@@ -11,7 +11,7 @@ import pytest
 from tars_mqtt._core import crowd, wire
 from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.event import LAST_PAHO_PACKET_ID
-from tars_mqtt._core.outgoing import Outgoing
+from tars_mqtt._core.outgoing import Outgoing, Stored
 from tars_mqtt.errors import (
     ClosedError,
     NotConnectedError,
@@ -363,6 +363,22 @@ def test_a_message_that_is_admitted_when_the_client_is_shut_down_is_not_counted_
     with pytest.raises(ClosedError, match="before the message was on disk" if fails else "in the outbox"):
         publish()
     assert harness.held() == (0, 0)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_room_of_a_message_whose_publisher_is_interrupted_is_given_back_unless_it_is_on_disk(
+    on_disk: bool,
+) -> None:
+    class InterruptedSpool(SpoolOfTheLastMoment):
+        def store(self, message: Outgoing, stored: Callable[[Outgoing], None]) -> None:
+            message.stored = Stored(1, 0.0) if on_disk else None
+            raise KeyboardInterrupt
+
+    harness = Harness()
+    harness.backlog.attach(InterruptedSpool(harness.backlog, True), 10, 1000)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        harness.submit()
+    assert harness.held() == ((1, 2) if on_disk else (0, 0))
 
 
 # -- large messages of QoS 0 --------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 
 from tars_mqtt import OutboxError
 from tars_mqtt.outbox import Outbox
+from tests.support import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +145,100 @@ def test_who_does_not_wait_for_a_commit_is_told_that_it_failed(outbox: Outbox) -
     outbox.commit()
     assert len(failed) == 2
     assert failed[0] is not failed[1]
+
+
+class Interrupted:
+    """A connection on which Ctrl-C comes once, right before or right after a statement."""
+
+    def __init__(self, connection: sqlite3.Connection, statement: str, after: bool) -> None:
+        self._connection = connection
+        self._statement = statement
+        self._after = after
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+
+    def execute(self, statement: str, *row: object) -> sqlite3.Cursor:
+        if not statement.startswith(self._statement) or self.reached.is_set():
+            return self._connection.execute(statement, *row)
+        self.reached.set()
+        assert self.go_on.wait(10)
+        if self._after:
+            self._connection.execute(statement, *row)
+        raise KeyboardInterrupt
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._connection, name)
+
+
+@pytest.mark.parametrize(
+    ("statement", "after"),
+    [("BEGIN", False), ("BEGIN", True), ("INSERT", True), ("COMMIT", False), ("COMMIT", True)],
+)
+def test_who_is_interrupted_while_it_commits_for_others_takes_nothing_from_them(
+    outbox: Outbox, statement: str, after: bool
+) -> None:
+    """Neither from those who have waited before it, nor from those who come meanwhile; its own is not half there."""
+    connection = Interrupted(outbox._connection, statement, after)
+    stored: list[bytes] = []
+    interruptions: list[BaseException] = []
+
+    def submit(payload: bytes) -> None:
+        try:
+            outbox.store(b"a", payload, 1, False, None, lambda _: stored.append(payload))
+        except KeyboardInterrupt as interruption:
+            interruptions.append(interruption)
+
+    outbox.store_soon(b"a", b"left", 1, False, None, lambda _: stored.append(b"left"), pytest.fail)
+    outbox._connection = connection  # type: ignore[assignment]
+    interrupted = threading.Thread(target=submit, args=(b"mine",))
+    interrupted.start()
+    assert connection.reached.wait(10)
+    other = threading.Thread(target=submit, args=(b"other",))
+    other.start()
+    eventually(lambda: len(outbox._writes) == 3)
+    connection.go_on.set()
+    interrupted.join(10)
+    other.join(10)
+    assert len(interruptions) == 1
+    # Whether its own is on disk is open: the other one may have taken it along.
+    assert sorted({*stored, b"mine"}) == [b"left", b"mine", b"other"]
+    assert [row.payload for row in outbox.fetch(0, 10)] == stored
+    outbox.commit()
+    assert outbox.totals()[0] == len(stored)
+
+
+def test_who_is_interrupted_while_it_waits_for_its_turn_is_not_stored(outbox: Outbox) -> None:
+    class Turn:
+        """Ctrl-C comes while the first one waits for it."""
+
+        def __enter__(self) -> None:
+            outbox._turn = turn
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None: ...
+
+    turn = outbox._turn
+    outbox._turn = Turn()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        store(outbox)
+    outbox.commit()
+    assert outbox.totals() == (0, 0)
+
+
+def test_who_is_interrupted_while_it_tells_others_tells_them_all(outbox: Outbox) -> None:
+    told: list[str] = []
+
+    def interrupted(_: int) -> None:
+        told.append("interrupted")
+        raise KeyboardInterrupt
+
+    outbox.store_soon(b"a", b"x", 1, False, None, interrupted, pytest.fail)
+    outbox.store_soon(b"a", b"x", 1, False, None, lambda _: told.append("next"), pytest.fail)
+    with pytest.raises(KeyboardInterrupt):
+        outbox.commit()
+    outbox.commit()
+    assert told == ["interrupted", "next"]
+    assert outbox.totals()[0] == 2
 
 
 def test_a_second_user_of_the_file_is_refused(outbox: Outbox, path: Path) -> None:
