@@ -390,7 +390,7 @@ class Backlog:
             self._wake()
             return
         for message in messages:  # a shutdown came meanwhile
-            message.receipt._fail(left_in_outbox())
+            spool.leave(message)
 
     def over(self, message: Outgoing) -> None:
         """A message of QoS 1 or 2 needs nothing more."""
@@ -441,8 +441,7 @@ class Backlog:
         if self._spool is not None:
             self._spool.flush()
         with self._room:
-            # What was taken back is done already.
-            lost = [message for message in (*in_flight, *self.firm) if not message.receipt.done()]
+            held = (*in_flight, *self.firm)
             lossy = len(self.lossy)
             spool, self._spool = self._spool, None
             self.firm.clear()
@@ -452,11 +451,13 @@ class Backlog:
             self._room.notify_all()
             self._left.notify_all()
         self.crowd.tell()
+        # What was taken back is done already.
+        lost = [message for message in held if message.stored is None and not message.receipt.done()]
         if spool is not None:
+            for message in held:
+                if message.stored is not None:
+                    spool.leave(message)
             spool.close()
-            for message in lost:
-                message.receipt._fail(left_in_outbox())
-            lost = [message for message in lost if message.stored is None]
         for message in lost:
             message.receipt._fail(
                 ClosedError("the client was shut down before the broker acknowledged the message")

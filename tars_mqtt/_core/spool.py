@@ -52,6 +52,8 @@ class Spool:
         self._loading = False
         # A receipt that nobody holds tells nobody anything: it need not take up memory.
         self._receipts: weakref.WeakValueDictionary[int, PublishReceipt] = weakref.WeakValueDictionary()
+        # One that was taken back tells us something; each step on these is atomic.
+        self._taken_back: set[PublishReceipt] = set()
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._closed = False
@@ -108,9 +110,15 @@ class Spool:
         if self.on_disk_only or queued >= _MOST_IN_MEMORY:
             self.on_disk_only += 1
             self._receipts[number] = message.receipt
+            message.receipt._add_done_callback(self._ended)
             return False
         self._last_in_memory = number
         return True
+
+    def _ended(self, receipt: PublishReceipt) -> None:
+        """A message that is only on disk has come to its end: hold the receipt until it is gone from there, too."""
+        if receipt.cancelled():
+            self._taken_back.add(receipt)
 
     def wants_more(self, queued: int) -> bool:
         """Whether the queue of so many runs low while there is more on disk.
@@ -142,6 +150,8 @@ class Spool:
             receipt = self._receipts.pop(row.number, None)
             if receipt is None:
                 receipt = PublishReceipt(row.envelope_id, row.topic.decode(), row.qos)
+            receipt._remove_done_callback(self._ended)  # the message holds it from now on
+            self._taken_back.discard(receipt)
             message = Outgoing(row.topic, row.payload, row.qos, row.retain, receipt)
             if row.properties:
                 waited = max(0.0, time.time() - row.stored_at)
@@ -163,6 +173,12 @@ class Spool:
         """Whether *message* is not worth sending any more."""
         stored = message.stored
         return bool(self._max_age and stored and time.time() - stored.at > self._max_age)
+
+    def leave(self, message: Outgoing) -> None:
+        """Give up *message*: it stays in the file, unless it was taken back."""
+        message.receipt._fail(left_in_outbox())
+        if message.receipt.cancelled():
+            self.discard(message)
 
     def discard(self, message: Outgoing) -> None:
         """*message* need not be kept any longer. Does not block."""
@@ -191,14 +207,16 @@ class Spool:
         """Let go of the file. What was not sent stays in it; nothing is run later any more."""
         with self._lock:
             self._closed = True
+        for number, receipt in list(self._receipts.items()):
+            receipt._fail(left_in_outbox())
+            if receipt.cancelled():
+                self._outbox.discard(number)
         with contextlib.suppress(OutboxError):
             self._outbox.prune()
             if left := self._outbox.totals()[0]:
                 extra = {"client_id": self._client_id}
                 logger.info("%d messages stay in the outbox %s", left, self._outbox.path, extra=extra)
         self._outbox.close()
-        for receipt in list(self._receipts.values()):
-            receipt._fail(left_in_outbox())
 
 
 def _row(message: Outgoing) -> tuple[bytes, bytes, int, bool, str | None]:

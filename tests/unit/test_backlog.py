@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tars_mqtt._core import crowd, wire
 from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.event import LAST_PAHO_PACKET_ID
 from tars_mqtt._core.outgoing import Outgoing, Stored
+from tars_mqtt._core.spool import Spool
 from tars_mqtt.errors import (
     ClosedError,
     NotConnectedError,
@@ -19,6 +21,7 @@ from tars_mqtt.errors import (
     PublishRejectedError,
     QueueFullError,
 )
+from tars_mqtt.outbox import Outbox
 from tests.support import eventually
 from tests.support.way_out import Harness, outgoing
 
@@ -379,6 +382,18 @@ def test_the_room_of_a_message_whose_publisher_is_interrupted_is_given_back_unle
     with pytest.raises(KeyboardInterrupt):
         harness.submit()
     assert harness.held() == ((1, 2) if on_disk else (0, 0))
+
+
+def test_what_was_taken_back_does_not_stay_in_the_outbox(tmp_path: Path) -> None:
+    path = tmp_path / "outbox.db"
+    harness = Harness()
+    harness.backlog.attach(Spool(Outbox(path), lambda *_: None, 0.0), 10, 1000)
+    assert harness.submit(b"taken back").receipt.cancel()
+    harness.submit(b"kept")
+    assert harness.outbound.abandon() == 0
+    outbox = Outbox(path)
+    assert [row.payload for row in outbox.fetch(0, 10)] == [b"kept"]
+    outbox.close()
 
 
 # -- large messages of QoS 0 --------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tars_mqtt import OutboxError
+from tars_mqtt import ClosedError, OutboxError
 from tars_mqtt._core.spool import Spool
 from tars_mqtt.outbox import Outbox
 from tests.support.way_out import outgoing
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tars_mqtt._core.outgoing import Outgoing
+    from tars_mqtt.message import PublishReceipt
 
 
 class Stage:
@@ -27,6 +28,7 @@ class Stage:
         self.outbox = Outbox(path)
         self.spool = Spool(self.outbox, lambda _, call: self.later.append(call), 0.0)
         self.stored: list[Outgoing] = []
+        self.loaded: list[Outgoing] = []
         self.failed: list[OutboxError] = []
 
     def store(self) -> Outgoing:
@@ -37,8 +39,14 @@ class Stage:
     def store_soon(self) -> None:
         self.spool.store_soon(outgoing(), self.stored.append, lambda _, error: self.failed.append(error))
 
+    def store_on_disk_only(self) -> PublishReceipt:
+        message = self.store()
+        assert not self.spool.stays_in_memory(message, 1024)
+        self.stored.clear()
+        return message.receipt
+
     def load(self) -> None:
-        self.spool.load(lambda _: None)
+        self.spool.load(self.loaded.extend)
 
     def run_later(self) -> None:
         later, self.later = self.later, []
@@ -96,3 +104,30 @@ def test_what_comes_after_its_end_fails_at_once(stage: Stage) -> None:
     with pytest.raises(OutboxError):
         stage.store()
     assert stage.later == []
+
+
+def test_what_is_taken_back_while_it_is_only_on_disk_stays_so_though_nobody_holds_the_receipt(
+    stage: Stage,
+) -> None:
+    for number in range(3):
+        receipt = stage.store_on_disk_only()
+        if number == 1:
+            assert receipt.cancel()
+    del receipt
+    stage.load()
+    stage.run_later()
+    assert [message.receipt.cancelled() for message in stage.loaded] == [False, True, False]
+    assert not stage.spool._taken_back
+    stage.loaded[0].receipt.cancel()
+    assert not stage.spool._taken_back, "what is in the queue is held there"
+    stage.spool.close()
+
+
+def test_what_was_taken_back_and_is_only_on_disk_does_not_stay_in_the_file(stage: Stage) -> None:
+    stage.store_on_disk_only().cancel()
+    kept = stage.store_on_disk_only()
+    stage.spool.close()
+    assert isinstance(kept.exception(0), ClosedError)
+    outbox = Outbox(stage.outbox.path)
+    assert outbox.totals()[0] == 1
+    outbox.close()
