@@ -61,6 +61,11 @@ class Backlog:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting = 0  # for room
+        # Of all who were refused since nobody waited:
+        self._short = False  # whether one lacked more than a place
+        self._least: int | None = None  # size; 0 is for one who waits for other room than the rest
+        self._smaller_may_fit = False  # than the one that was refused last, and may not block
+        self._all_notified = self._all_called = True  # of what left last
         self._left = threading.Condition(self._lock)
         self._flushing = 0  # who waits for what is held to leave
         self._callbacks: deque[Callable[[], None]] = deque()
@@ -245,9 +250,9 @@ class Backlog:
         with self._lock:
             if self._spool is not spool:
                 return False
-            self._make_room(1, size)
+            told = self._make_room(1, size)
         if self._callbacks:
-            self._call_back(1)
+            self._call_back(told)
         return True
 
     def _not_stored_late(self, spool: Spool, message: Outgoing, error: OutboxError) -> None:
@@ -262,11 +267,38 @@ class Backlog:
         # The backlog on disk is no reason to refuse what takes up memory for a moment.
         return len(self.lossy) < self._max_queued and self._lossy_bytes + size <= self._max_queued_bytes
 
+    def _bounds(self) -> tuple[int, int]:
+        """Of the number of messages, and of their bytes."""
+        if self._spool is None:
+            return self._max_queued, self._max_queued_bytes
+        return self._spool_most, self._spool_most_bytes
+
+    def _refused(self, qos: int, size: int) -> bool:
+        """Keep in mind what did not fit in; whether a smaller one might that waits for its call. Holds the lock."""
+        if self._spool is not None and not qos:
+            size = 0  # who waits for memory and who waits for the disk stand in the same line
+        self._least = size if self._least is None else min(self._least, size)
+        self._short = self._short or not size or self.held_bytes + size > self._bounds()[1]
+        return self._short and self._places() > 0
+
+    def _places(self) -> int:
+        """How many of the smallest that wait have room. Holds the lock."""
+        most, most_bytes = self._bounds()
+        return max(0, min(most - self.held, (most_bytes - self.held_bytes) // (self._least or 1)))
+
     def _await_room(self, qos: int, size: int, timeout: float | None) -> None:
         """Holds the lock, and gives it away while it waits."""
 
         def room_or_refused() -> bool:
-            return self._fits(qos, size) or self._refusal is not None or (not qos and self._limits is None)
+            if self._fits(qos, size) or self._refusal is not None or (not qos and self._limits is None):
+                return True
+            smaller_may_fit = self._refused(qos, size)
+            if timeout == 0:
+                self._smaller_may_fit = self._smaller_may_fit or smaller_may_fit
+            elif smaller_may_fit and not self._all_notified:
+                self._all_notified = True
+                self._room.notify_all()
+            return False
 
         if size > (self._spool_most_bytes if self._spool and qos else self._max_queued_bytes):
             raise QueueFullError(
@@ -287,8 +319,18 @@ class Backlog:
 
     def when_room(self, callback: Callable[[], None]) -> None:
         """Have *callback* called once, when it is worth trying again; for whoever may not block."""
+        self.pass_on()
         with self._room:
             self._callbacks.append(callback)
+
+    def pass_on(self) -> None:
+        """Somebody was refused, who may have been called: where a smaller one may fit in, all have a try."""
+        with self._lock:
+            tell = self._smaller_may_fit and not self._all_called
+            self._smaller_may_fit = False
+            self._all_called = self._all_called or tell
+        if tell:
+            self._call_back(len(self._callbacks))
 
     def never_mind(self, callback: Callable[[], None]) -> None:
         """Undo `when_room`; where the call has come already, it goes to the next in line."""
@@ -298,7 +340,7 @@ class Backlog:
             self._call_back(1)
 
     def _call_back(self, most: int) -> None:
-        """One callback for each message that left: no stampede for the same room."""
+        """One callback for each message that left, unless sizes matter: no stampede for the same place."""
         with contextlib.suppress(IndexError):  # another thread may take the last one
             for _ in range(most):
                 self._callbacks.popleft()()
@@ -418,21 +460,29 @@ class Backlog:
 
     def _free(self, count: int, size: int) -> None:
         with self._lock:
-            self._make_room(count, size)
+            told = self._make_room(count, size)
         if self._callbacks:
-            self._call_back(count)
+            self._call_back(told)
 
-    def _make_room(self, count: int, size: int) -> None:
-        """Holds the lock."""
-        # With an outbox, who waits for memory and who waits for the disk stand in the same line.
-        full = self._spool is None and self.held >= self._max_queued
+    def _make_room(self, count: int, size: int) -> int:
+        """Returns how many of those who may not block are to be called. Holds the lock."""
+        before = self._places() if self._short else 0
         self.held -= count
         self.held_bytes -= size
-        if self._waiting:
-            # Each place for one. Where bytes were short, who fits is for all of them to see.
-            self._room.notify(count if full else self._waiting)
+        told = count  # each place for one, while no one lacks bytes
+        if self._waiting or self._callbacks:
+            if self._short:
+                line = max(self._waiting, len(self._callbacks))
+                told = max(count, self._places() - before) if self._least else line
+            self._all_notified = told >= self._waiting
+            self._all_called = told >= len(self._callbacks)
+            self._room.notify(told)
+        else:
+            self._short = False
+            self._least = None
         if self._flushing and not self.held:
             self._left.notify_all()
+        return told
 
     # -- after the network thread -----------------------------------------------------------
 

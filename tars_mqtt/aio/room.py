@@ -39,6 +39,7 @@ class Room:
                 # Room may have come free between the refusal and the registration.
                 return submit()
             except QueueFullError:
+                self._backlog.pass_on()
                 await room
                 in_time = deadline is None or loop.time() < deadline
             finally:

@@ -163,11 +163,11 @@ def test_health_goes_first_and_needs_no_room() -> None:
 
 
 def in_thread(
-    outcomes: list[object], harness: Harness, timeout: float | None, qos: int = 1
+    outcomes: list[object], harness: Harness, timeout: float | None, qos: int = 1, payload: bytes = b"late"
 ) -> threading.Thread:
     def submit() -> None:
         try:
-            outcomes.append(harness.submit(b"late", qos=qos, timeout=timeout))
+            outcomes.append(harness.submit(payload, qos=qos, timeout=timeout))
         except Exception as error:
             outcomes.append(error)
 
@@ -314,6 +314,79 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
     assert called == ["impatient"]
     harness.backlog.never_mind(impatient)
     assert called == ["impatient", "patient"]
+
+
+def test_a_large_one_that_waits_does_not_use_up_the_room_that_a_small_one_fits_into() -> None:
+    """Not even where a place was all that the large one lacked when it came."""
+    harness = Harness(max_queued=2, max_queued_bytes=1000)
+    harness.connect()
+    first = harness.submit(b"x" * 99)
+    second = harness.submit(b"x" * 99)
+    harness.pump()
+    outcomes: list[object] = []
+    large = in_thread(outcomes, harness, None, payload=b"x" * 799)
+    small = in_thread(outcomes, harness, None, payload=b"small")
+    with harness.backlog._lock:  # meanwhile a larger one takes the room: now the large one lacks bytes
+        harness.backlog.held_bytes += 200
+    harness.acknowledge(first)
+    small.join(10)
+    assert [outcome.payload for outcome in outcomes] == [b"small"]  # type: ignore[attr-defined]
+    with harness.backlog._lock:
+        harness.backlog.held_bytes -= 200
+    harness.acknowledge(second)
+    large.join(10)
+    assert len(outcomes) == 2
+
+
+def test_where_bytes_are_short_all_who_may_not_block_are_called() -> None:
+    """The room of a large message is that of many small ones."""
+    harness = Harness(max_queued_bytes=1000)
+    harness.connect()
+    message = harness.submit(b"x" * 990)
+    harness.pump()
+    called: list[int] = []
+    for number in range(3):
+        with pytest.raises(QueueFullError):
+            harness.submit(b"x" * 99)
+        harness.backlog.when_room(lambda number=number: called.append(number))
+    assert called == []
+    harness.acknowledge(message)
+    assert called == [0, 1, 2]
+
+
+def test_who_is_called_and_is_too_large_passes_the_call_on_to_all_others_and_once() -> None:
+    harness = Harness(max_queued=2, max_queued_bytes=1000)
+    harness.connect()
+    messages = [harness.submit(b"x" * 399) for _ in range(2)]
+    harness.pump()
+    called: list[str] = []
+    for name in "abc":
+        with pytest.raises(QueueFullError):
+            harness.submit(b"x" * 99)
+        harness.backlog.when_room(lambda name=name: called.append(name))
+    harness.acknowledge(messages[0])
+    assert called == ["a"], "a place was all that they lacked"
+    for _ in range(2):
+        with pytest.raises(QueueFullError):
+            harness.submit(b"x" * 700)
+        harness.backlog.when_room(lambda: called.append("a"))
+        harness.backlog.pass_on()
+    assert called == ["a", "b", "c"]
+
+
+def test_with_a_full_count_a_place_wakes_one_and_no_more() -> None:
+    """However large they are, as long as their bytes would fit in."""
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    notified: list[int] = []
+    harness.backlog._room.notify = notified.append  # type: ignore[method-assign, assignment]
+    harness.backlog._waiting = 5
+    with pytest.raises(QueueFullError):
+        harness.submit(b"x" * 1000)
+    harness.acknowledge(message)
+    assert notified == [1]
 
 
 # -- with an outbox ---------------------------------------------------------------------------
