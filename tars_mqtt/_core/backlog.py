@@ -57,6 +57,7 @@ class Backlog:
         self._idle_stream = idle_stream
         self._spool: Spool | None = None
         self._spool_most = self._spool_most_bytes = 0
+        self._retired: Spool | None = None
         # Guarded by _lock; `firm` is also taken from, at its left end, by the network thread:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
@@ -487,7 +488,10 @@ class Backlog:
     # -- after the network thread -----------------------------------------------------------
 
     def abandon(self, in_flight: Iterable[Outgoing]) -> tuple[int, int]:
-        """Give up what is held, *in_flight* included; returns how many of QoS 1 and 2, and of QoS 0, are lost."""
+        """Give up what is held, *in_flight* included; returns how many of QoS 1 and 2, and of QoS 0, are lost.
+
+        An outbox stays open for what the handlers have handled; `close_outbox` is the end of it.
+        """
         if self._spool is not None:
             self._spool.flush()
         with self._room:
@@ -504,15 +508,22 @@ class Backlog:
         # What was taken back is done already.
         lost = [message for message in held if message.stored is None and not message.receipt.done()]
         if spool is not None:
+            self._retired = spool
+            spool.retire()
             for message in held:
                 if message.stored is not None:
                     spool.leave(message)
-            spool.close()
         for message in lost:
             message.receipt._fail(
                 ClosedError("the client was shut down before the broker acknowledged the message")
             )
         return len(lost), lossy
+
+    def close_outbox(self) -> None:
+        """Let go of the outbox that was given up, if there is one."""
+        spool, self._retired = self._retired, None
+        if spool is not None:
+            spool.close()
 
 
 def _check_size(size: int) -> None:

@@ -338,8 +338,11 @@ class Life:
         lost = self._outbound.abandon()
         if lost:
             logger.warning("shutdown: the broker did not acknowledge %d messages in time", lost, extra=extra)
-        for name in self._dispatcher.stop(left()):
-            logger.warning("shutdown: the handler on thread %s does not return", name, extra=extra)
+        try:
+            for name in self._dispatcher.stop(left()):
+                logger.warning("shutdown: the handler on thread %s does not return", name, extra=extra)
+        finally:
+            self._backlog.close_outbox()  # only now: a handler that has ended in time is remembered there
         self._retire()
         self._state.set(ConnectionState.CLOSED)
         logger.info("shut down", extra=extra)

@@ -203,14 +203,17 @@ class Spool:
             logger.error("%s; trying again", error, extra={"client_id": self._client_id})
             self._prune_in(_RETRY_DELAY)
 
-    def close(self) -> None:
-        """Let go of the file. What was not sent stays in it; nothing is run later any more."""
+    def retire(self) -> None:
+        """Nothing is sent from here any more, and nothing run later. What was handled may still be remembered."""
         with self._lock:
             self._closed = True
         for number, receipt in list(self._receipts.items()):
             receipt._fail(left_in_outbox())
             if receipt.cancelled():
                 self._outbox.discard(number)
+
+    def close(self) -> None:
+        """Let go of the file. What was not sent stays in it."""
         with contextlib.suppress(OutboxError):
             self._outbox.prune()
             if left := self._outbox.totals()[0]:

@@ -7,6 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -200,6 +201,45 @@ def test_what_was_handled_is_known_after_a_restart(make_client, broker: Broker, 
         client.publish("a", envelope.to_bytes(), qos=1)
         eventually(lambda client=client: client.stats().messages_in == 1 and not client.stats().pending)
         client.shutdown()
+    assert handled == [envelope.id]
+
+
+def test_a_handler_that_ends_while_the_client_is_shut_down_is_remembered(
+    make_client, broker: Broker, path: str
+) -> None:
+    """It ends when nobody waits for it to be idle any more, but within the time for the shutdown."""
+    handled: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+    envelope = Envelope.new("n", 1, source="s")
+    durable = {"outbox": path, "dedupe_durable": True, "dedupe_ttl": 60, "dedupe_max_entries": 10}
+
+    def handler(payload: bytes) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        handled.append(Envelope.from_bytes(payload).id)
+
+    client = make_client(broker.url, client_id="handler", **durable)
+    client.subscribe("a", handler, 1)
+    client.connect()
+    client.publish("a", envelope.to_bytes(), qos=1)
+    assert begun.wait(10)
+    dispatcher = client._engine.dispatcher
+    wait_idle, stop = dispatcher.wait_idle, dispatcher.stop
+    dispatcher.wait_idle = lambda timeout, *caller: wait_idle(0.0, *caller)
+
+    def stop_after_the_handler(timeout: float) -> list[str]:
+        go_on.set()
+        assert wait_idle(10.0, 0, None)
+        return stop(timeout)
+
+    dispatcher.stop = stop_after_the_handler
+    client.shutdown()
+    assert handled == [envelope.id]
+    heir = make_client(broker.url, client_id="handler", **durable)
+    heir.subscribe("a", handler, 1)
+    heir.connect()
+    heir.publish("a", envelope.to_bytes(), qos=1)
+    eventually(lambda: heir.stats().messages_in >= 1 and not heir.stats().pending)
     assert handled == [envelope.id]
 
 

@@ -420,7 +420,7 @@ class SpoolOfTheLastMoment:
             stored(message)
 
     def flush(self) -> None: ...
-    def close(self) -> None: ...
+    def retire(self) -> None: ...
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -464,6 +464,7 @@ def test_what_was_taken_back_does_not_stay_in_the_outbox(tmp_path: Path) -> None
     assert harness.submit(b"taken back").receipt.cancel()
     harness.submit(b"kept")
     assert harness.outbound.abandon() == 0
+    harness.backlog.close_outbox()
     outbox = Outbox(path)
     assert [row.payload for row in outbox.fetch(0, 10)] == [b"kept"]
     outbox.close()

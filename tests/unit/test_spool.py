@@ -88,6 +88,7 @@ def test_calls_that_come_after_its_end_do_nothing_and_bring_no_others(
     stage.load()
     stage.store_soon()
     assert len(stage.later) == 3
+    stage.spool.retire()
     stage.spool.close()
     assert len(stage.stored) == 2, "what waited is written"
     with caplog.at_level(logging.DEBUG):
@@ -98,6 +99,7 @@ def test_calls_that_come_after_its_end_do_nothing_and_bring_no_others(
 
 
 def test_what_comes_after_its_end_fails_at_once(stage: Stage) -> None:
+    stage.spool.retire()
     stage.spool.close()
     stage.store_soon()
     assert len(stage.failed) == 1
@@ -126,8 +128,9 @@ def test_what_is_taken_back_while_it_is_only_on_disk_stays_so_though_nobody_hold
 def test_what_was_taken_back_and_is_only_on_disk_does_not_stay_in_the_file(stage: Stage) -> None:
     stage.store_on_disk_only().cancel()
     kept = stage.store_on_disk_only()
-    stage.spool.close()
+    stage.spool.retire()
     assert isinstance(kept.exception(0), ClosedError)
+    stage.spool.close()
     outbox = Outbox(stage.outbox.path)
     assert outbox.totals()[0] == 1
     outbox.close()
