@@ -7,11 +7,13 @@ The file belongs to one process at a time. Every commit is on the disk when it r
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +76,9 @@ class _Write:
     over: bool = False
 
 
+_outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
+
+
 class Outbox:
     """One open outbox file. Any thread; each call but `discard` may wait for the disk.
 
@@ -92,6 +97,7 @@ class Outbox:
         self._writes: deque[_Write] = deque()
         self._discarded: list[tuple[int]] = []
         self._connection = self._open()
+        _outboxes.add(self)
 
     # -- outgoing messages --------------------------------------------------------------------
 
@@ -379,3 +385,14 @@ class Outbox:
             text = str(error)
             advice = "free some space" if "full" in text else "check the disk"
             raise OutboxError(f"the outbox {str(self.path)!r} cannot be written: {text}; {advice}") from error
+
+
+def _after_fork_in_child() -> None:
+    # SQLite, if it closed its copy of the connection, would delete the write-ahead log that the parent goes on
+    # writing. The end of the interpreter frees all objects but those with a reference that nobody holds.
+    for outbox in list(_outboxes):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(outbox._connection))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

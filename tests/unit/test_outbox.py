@@ -85,6 +85,23 @@ def test_what_was_stored_is_there_after_a_kill(path: Path) -> None:
     outbox.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_that_ends_takes_nothing_from_its_parent(path: Path) -> None:
+    """Neither what is on disk by then, nor what comes later."""
+    script = (
+        "import os, sys; from tars_mqtt.outbox import Outbox; outbox = Outbox(sys.argv[1])\n"
+        "outbox.store(b'a', b'before', 1, True, None, lambda number: None)\n"
+        "if not os.fork(): sys.exit()\n"
+        "os.wait()\n"
+        "outbox.store(b'a', b'after', 1, True, None, lambda number: None)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    outbox = Outbox(path)
+    assert [row.payload for row in outbox.fetch(0, 10)] == [b"before", b"after"]
+    outbox.close()
+
+
 def test_what_was_discarded_is_gone_and_the_rest_stays(outbox: Outbox) -> None:
     numbers = [store(outbox, b"12345") for _ in range(4)]
     outbox.discard(numbers[0])
