@@ -144,10 +144,10 @@ class DeadLetters:
                     self._outlet.when_room(self._there_is_room)
                     continue
                 self._give_up(delivery.message, error, over)
-            except OutboxError:
+            except (OutboxError, NotConnectedError):  # the disk, or the client that left, may come back
                 self._outlet.call_later(_RETRY_DELAY, self._bury_waiting)
                 return
-            except (ClosedError, NotConnectedError):
+            except ClosedError:
                 self._leave_unburied()
                 return
             except Exception as error:  # it is too large, or anything else: those behind it shall not wait

@@ -12,7 +12,7 @@ from tars_mqtt._core.event import Will
 from tars_mqtt._core.outgoing import Outgoing
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.envelope import encode_event
-from tars_mqtt.errors import TarsMQTTError
+from tars_mqtt.errors import ClosedError, TarsMQTTError
 from tars_mqtt.message import PublishReceipt
 from tars_mqtt.payload import (
     HEALTH_TYPE,
@@ -24,6 +24,9 @@ from tars_mqtt.payload import (
 )
 
 logger = logging.getLogger("tars_mqtt.health")
+
+_OVERTAKEN = 1.0
+"""Seconds after which the state is said again where an old one may have gone out behind it."""
 
 
 class Health:
@@ -47,6 +50,8 @@ class Health:
         """Of what was said when the connection came."""
         self._left = False
         """Whether the goodbye has been said."""
+        self._farewell: PublishReceipt | None = None
+        """Of the last goodbye."""
         # Owned by the network thread:
         self._next_heartbeat = math.inf
         self._repeat_at = math.inf
@@ -67,14 +72,22 @@ class Health:
             state = HealthPayload(ok=True, event="ready" if first else "reconnected")
             complaint = self._complaint()
             # Each goes ahead of all that waits, so the last word is queued first.
-            self._announced.clear()
             states = [state] if complaint is None else [complaint, state]
-            for each in states:
-                self._publish(each, greets=True)
+            if all(
+                receipt.done() for receipt in self._announced
+            ):  # else one of a connection before is on its way
+                self._announced.clear()
+                for each in states:
+                    self._publish(each, greets=True)
             waits = self._own_receipt is not None and not self._own_receipt.done()
             self._state = self._own if waits else states[0]
             # By then the broker has given up any older connection of ours, whose will says we are dead.
             self._repeat_at = math.inf if first else now + 1.5 * self._config.keepalive
+            if self._farewell is not None and not self._farewell.done():
+                self._repeat_at = (
+                    now + _OVERTAKEN
+                )  # one that nobody had answered goes out behind the greeting
+            self._farewell = None
         if self._config.enable_heartbeat:
             self._next_heartbeat = now + self._config.heartbeat_interval
 
@@ -123,6 +136,8 @@ class Health:
     def start(self) -> None:
         """A life begins: there may be greetings again."""
         self._left = False
+        if self._farewell is not None:
+            self._farewell.cancel()
 
     def handler_stuck(self, topic: str) -> None:
         """Publish that a handler does not return; not where there is no room."""
@@ -143,7 +158,10 @@ class Health:
         self._left = True
         for receipt in tuple(self._announced):
             receipt.cancel()
-        return self._publish(HealthPayload(ok=False, event=event))
+        if self._own_receipt is not None:  # nor may what the service says of itself
+            self._own_receipt._withdraw(ClosedError("the client left before its health was published"))
+        self._farewell = self._publish(HealthPayload(ok=False, event=event))
+        return self._farewell
 
     # -- inside -----------------------------------------------------------------------------
 

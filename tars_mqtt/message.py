@@ -219,6 +219,10 @@ class PublishReceipt:
         """There will be no acknowledgement."""
         self._end(_DONE, error, _SENT)
 
+    def _withdraw(self, error: BaseException) -> None:
+        """Take the message back while it is unsent, for a reason of ours."""
+        self._end(_DONE, error, _PENDING)
+
     def _end(self, state: int, error: BaseException | None, latest: int) -> bool:
         """Go over to *state*, unless it has got further than *latest*."""
         with self._lock:

@@ -133,7 +133,10 @@ class Inbound:
         topic, payload, qos, retain, dup, packet_id, properties = wire.decode_publish(first, body, self._v5)
         self._entered += 1
         if self._closing:
-            # Unacknowledged: the broker delivers it to the next connection of this session.
+            # Unacknowledged: the broker delivers it to the next connection of this session. But what is still in
+            # work, and comes again on a new connection, is acknowledged on this one when it is done.
+            if qos:
+                self._ledger.known(packet_id, Message(topic, payload, qos, retain, dup))
             return
         if len(body) > self._surely_small and (
             len(payload) > self._max_payload_bytes or len(properties) > wire.MAX_PROPERTIES_BYTES

@@ -249,7 +249,9 @@ class Life:
     def call_off(self) -> None:
         """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
         self._called_off = True
-        if self._first is not None and (not self._first.done() or self._state.value in TRYING):
+        if (
+            self._attempts
+        ):  # without, what is queued goes out in the shutdown, if the broker comes back in time
             self._session.thread.interrupt()
 
     def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
@@ -283,7 +285,11 @@ class Life:
             return
         deadline = time.monotonic() + self._config.shutdown_timeout
         self._say_goodbye("disconnected", deadline)
-        self.stop_network(max(0.0, deadline - time.monotonic()))
+        if not self.stop_network(_until(deadline)):
+            logger.warning(
+                "disconnect: the network thread is stuck in the operating system",
+                extra={"client_id": self._config.client_id},
+            )
 
     def _say_goodbye(self, event: str, deadline: float) -> None:
         if self._state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._backlog.online:
@@ -302,9 +308,8 @@ class Life:
         self.check()
         timeout = FOREVER if timeout is None else timeout
         own = self._dispatcher.own_work() if own is None else own
-        if own and self._shutting_down.locked():
-            return  # whoever shuts down waits for this very handler
-        if not self._shutting_down.acquire(timeout=timeout):
+        # In a handler: whoever shuts down already waits for this very one.
+        if not self._shutting_down.acquire(timeout=0 if own else timeout):
             return
         try:
             if self._state.value is not ConnectionState.CLOSED:

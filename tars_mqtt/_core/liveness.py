@@ -35,9 +35,14 @@ class Liveness:
             self.sent = now
 
     def excuse(self, now: float) -> None:
-        """We do not listen ourselves: silence says nothing."""
+        """We do not listen ourselves: silence says nothing.
+
+        An answer that is not read is not waited for; the broker needs its pings all the same.
+        """
         self.received = now
         self.suspected = False
+        if self.asked is not None and now - self.asked >= self._interval():
+            self.asked = None
 
     def ping_due(self, now: float) -> bool:
         """Whether to ask for a sign of life now."""
@@ -54,4 +59,7 @@ class Liveness:
         return given_up_at if self.asked is not None else min(self._ping_at(), given_up_at)
 
     def _ping_at(self) -> float:
-        return min(self.received, self.sent) + min(self.keepalive, self.patience) / 2
+        return min(self.received, self.sent) + self._interval()
+
+    def _interval(self) -> float:
+        return min(self.keepalive, self.patience) / 2

@@ -65,6 +65,7 @@ class NetworkThread:
         if thread.is_alive():
             return False
         self._thread = None
+        self.run_commands()  # what came when it had looked for the last time
         return True
 
     @property
@@ -84,6 +85,10 @@ class NetworkThread:
         self._transport.wake()
 
     def run_commands(self) -> None:
-        """Run what others have asked for. Network thread."""
+        """Run what others have asked for. Network thread, or who has seen it end."""
         while self._commands:
-            self._commands.popleft()()
+            try:
+                command = self._commands.popleft()
+            except IndexError:  # another has seen it end, too
+                return
+            command()

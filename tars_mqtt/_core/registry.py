@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Callable, Hashable
@@ -31,7 +32,7 @@ class Registration:
 class FilterEntry:
     """One filter as the broker knows it: several registrations may share it.
 
-    The last four are owned by the network thread.
+    The last five are owned by the network thread.
     """
 
     topic_filter: str
@@ -44,6 +45,8 @@ class FilterEntry:
     """The broker's session in which it was last acknowledged."""
     asked: bool = False
     """Whether the broker was ever asked for it."""
+    asked_at: float = -math.inf
+    """When it was asked for last, on the monotonic clock."""
     replay: tuple[Registration, ...] = ()
     """Who gets the retained messages that the last SUBSCRIBE brought."""
     identified: bool = False

@@ -228,6 +228,8 @@ class Session:
             self.transport.sleep(until - now)
 
     def _interrupted(self) -> bool:
+        """Asked again and again while a connection is being made, which may take long: others need not wait for it."""
+        self.thread.run_commands()
         return self.thread.leave_by is not None
 
     # -- a connection begins ------------------------------------------------------------------

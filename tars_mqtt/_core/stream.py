@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections import deque
@@ -284,6 +285,12 @@ class Stream:
             size += len(packet)
             batch.append(packet)
         return b"".join(batch)
+
+    def finish(self) -> None:
+        """Tell the peer that no more comes; what it sends can still be read. Nothing where TLS is in between."""
+        if type(self._socket) is socket.socket:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close the socket. Idempotent."""

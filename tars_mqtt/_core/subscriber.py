@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future
 
 from tars_mqtt._core import wire
@@ -13,6 +14,9 @@ from tars_mqtt._core.transport import Transport
 from tars_mqtt.errors import SubscribeError
 
 logger = logging.getLogger("tars_mqtt.session")
+
+_REPLAY_TIME = 2.0
+"""Seconds for which retained messages may take to arrive behind the answer to a SUBSCRIBE."""
 
 
 class Subscriber:
@@ -32,7 +36,8 @@ class Subscriber:
         self._restoring: set[FilterEntry] = set()
         self._asked: dict[int, FilterEntry] = {}
         self._waiters: dict[FilterEntry, list[Future[None]]] = {}
-        self._leaving: dict[int, Future[None]] = {}
+        self._leaving: dict[int, tuple[str, Future[None] | None]] = {}
+        """The filter of each UNSUBSCRIBE that is not answered, and who waits for that."""
         self._stale: set[str] = set()
         self._refused: list[tuple[str, str]] = []
 
@@ -43,8 +48,8 @@ class Subscriber:
 
     @property
     def waits(self) -> bool:
-        """Whether somebody waits for the broker's answer."""
-        return bool(self._waiters or self._leaving)
+        """Whether the broker owes an answer that something waits for."""
+        return bool(self._waiters or self._leaving or self._restoring)
 
     def take_refusals(self) -> SubscribeError | None:
         """What the broker refused on this connection before it was `restored`."""
@@ -62,7 +67,7 @@ class Subscriber:
         if connack.session_present:
             for topic_filter in stale:
                 if self._registry.router.get(topic_filter) is None:
-                    self._transport.unsubscribe(topic_filter)
+                    self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, None
         for entry in self._registry.entries():
             if entry.session != self._session:
                 self._restoring.add(entry)
@@ -76,14 +81,17 @@ class Subscriber:
         for entry in tuple(self._waiters):
             self._tell(entry, None)
         leaving, self._leaving = self._leaving, {}
-        for waiter in leaving.values():
-            _settle(waiter, None)
+        for topic_filter, waiter in leaving.values():
+            self._stale.add(topic_filter)  # it may not have arrived
+            if waiter is not None:
+                _settle(waiter, None)
 
     def subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         """Ask for a filter now, or on the next connection.
 
         A filter that the broker has already is asked for again when another registration joins
-        it: the answer brings the retained messages, which go to the newcomer alone.
+        it: the answer brings the retained messages, which go to the newcomer, and to those who came so shortly
+        before that theirs may still be on their way. Nothing tells the two apart.
         """
         asked = registration in entry.replay
         if not self._connected or (asked and entry.session == self._session):
@@ -107,7 +115,7 @@ class Subscriber:
             _settle(waiter, None)
         else:
             try:
-                self._leaving[self._transport.unsubscribe(entry.topic_filter)] = waiter
+                self._leaving[self._transport.unsubscribe(entry.topic_filter)] = entry.topic_filter, waiter
             except ConnectionLostError:
                 self.forget(entry)
                 _settle(waiter, None)
@@ -141,13 +149,18 @@ class Subscriber:
 
     def on_unsuback(self, answer: Unsuback) -> None:
         """Take the broker's answer."""
-        waiter = self._leaving.pop(answer.packet_id, None)
+        _, waiter = self._leaving.pop(answer.packet_id, ("", None))
         if waiter is not None:
             _settle(waiter, None)
 
     def _ask(self, entry: FilterEntry, newcomers: tuple[Registration, ...]) -> None:
+        now = time.monotonic()
+        if now - entry.asked_at < _REPLAY_TIME:
+            earlier = [one for one in entry.replay if one in entry.registrations]
+            newcomers = tuple(dict.fromkeys((*earlier, *newcomers)))
         entry.session = 0
         entry.asked = True
+        entry.asked_at = now
         entry.replay = newcomers
         packet_id = self._transport.subscribe(
             entry.topic_filter, entry.qos, entry.identifier if self._identifiers else None

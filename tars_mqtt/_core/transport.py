@@ -27,6 +27,9 @@ from tars_mqtt._core.stream import (
 if TYPE_CHECKING:
     from tars_mqtt._core.paho import Control
 
+_LAST_WORDS_TIME = 1.0
+"""Seconds within which a broker closes a connection that was left, or is not waited for."""
+
 _DIALOGUE_GAP = 0.00005
 """Seconds between two messages that do not come one right after the other."""
 
@@ -274,8 +277,26 @@ class Transport:
         self._stream.send_no_more()
         with contextlib.suppress(ConnectionLostError):
             self._control.disconnect()
-            return self.flush(deadline)
+            if self.flush(deadline):
+                self._read_to_the_end(min(deadline, time.monotonic() + _LAST_WORDS_TIME))
+                return True
         return False
+
+    def _read_to_the_end(self, deadline: float) -> None:
+        """Wait until the broker has closed the connection, too.
+
+        A socket that is closed while something still comes is reset, and with it goes what the broker has not read:
+        acknowledgements, and the DISCONNECT itself.
+        """
+        stream = self._stream
+        assert stream is not None
+        stream.finish()
+        with contextlib.suppress(ConnectionLostError, wire.MalformedPacketError):
+            while (remaining := deadline - time.monotonic()) > 0:
+                self._watch(stream, selectors.EVENT_READ)
+                self.acknowledge_wake()
+                if self._select(remaining):
+                    stream.receive()
 
     def drop(self) -> int:
         """Close the connection without a word; returns `Stream.cut_short`. Idempotent."""

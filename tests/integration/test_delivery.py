@@ -24,6 +24,7 @@ from tars_mqtt import (
     TopicError,
     current_message,
 )
+from tars_mqtt._core import subscriber
 from tests.support import PacketType, ScriptedBroker, eventually, numbers
 from tests.support import packet as mqtt
 from tests.support.program import Program
@@ -92,8 +93,9 @@ def test_a_shared_subscription_divides_the_messages(make_client, broker: Broker)
 
 
 def test_what_is_retained_comes_to_a_newcomer_and_not_again_to_the_others(
-    make_client, broker: Broker
+    make_client, broker: Broker, monkeypatch
 ) -> None:
+    monkeypatch.setattr(subscriber, "_REPLAY_TIME", 0.0)
     first: list[bytes] = []
     second: list[bytes] = []
     client = make_client(broker.url)
@@ -105,6 +107,20 @@ def test_what_is_retained_comes_to_a_newcomer_and_not_again_to_the_others(
     eventually(lambda: second == [b"kept"])
     client.publish("state", b"live", qos=1)
     eventually(lambda: second == [b"kept", b"live"] and first == [b"kept", b"live"])
+
+
+def test_who_subscribes_right_after_another_takes_no_retained_messages_away(
+    make_client, broker: Broker
+) -> None:
+    first: list[bytes] = []
+    second: list[bytes] = []
+    client = make_client(broker.url)
+    client.connect()
+    for number in range(200):
+        client.publish(f"state/{number}", b"%d" % number, qos=1, retain=True)
+    client.subscribe("state/#", first.append, 1)
+    client.subscribe("state/#", second.append, 1)
+    eventually(lambda: len(set(first)) == len(set(second)) == 200)
 
 
 def test_after_unsubscribe_nobody_is_called(make_client, broker: Broker) -> None:

@@ -135,9 +135,8 @@ def test_those_behind_one_that_waits_are_not_tried_and_keep_their_order() -> Non
     assert over == list(range(100))
 
 
-@pytest.mark.parametrize("error", [ClosedError("closed"), NotConnectedError("offline")])
-def test_when_the_client_leaves_those_that_wait_are_over_and_the_next_begin_anew(error: Exception) -> None:
-    outlet, over = FakeOutlet(error, QueueFullError("full"), QueueFullError("full")), []
+def test_when_the_client_is_shut_down_those_that_wait_are_over_and_the_next_begin_anew() -> None:
+    outlet, over = FakeOutlet(ClosedError("closed"), QueueFullError("full"), QueueFullError("full")), []
     letters = DeadLetters("dead", "a", outlet, "me")
     for number in range(10):
         bury(letters, over, number, qos=number % 2)
@@ -147,6 +146,17 @@ def test_when_the_client_leaves_those_that_wait_are_over_and_the_next_begin_anew
     assert outlet.dropped == [True] * 5, "but for those of QoS 0"
     bury(letters, over, 11)
     assert len(outlet.sent) == 1
+
+
+def test_those_of_a_client_that_has_left_the_broker_wait_until_it_is_back() -> None:
+    """Given up, their messages would never be acknowledged: for the broker they are still in work."""
+    outlet, over = FakeOutlet(NotConnectedError("offline")), []
+    letters = DeadLetters("dead", "a", outlet, "me")
+    bury(letters, over, 1, qos=1)
+    assert outlet.sent == []
+    outlet.later.pop()()
+    outlet.sent[0]._settle()
+    assert over == [1]
 
 
 def test_dead_letters_of_qos_0_do_not_fill_the_memory(caplog: pytest.LogCaptureFixture) -> None:

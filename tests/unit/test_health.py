@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tars_mqtt import MQTTClientConfig, NotConnectedError
+from tars_mqtt.errors import ClosedError
 from tars_mqtt.health import Health
 from tests.support.way_out import Harness
 
@@ -29,6 +30,10 @@ class Stage(Harness):
 
     def repeat(self) -> None:
         self.health.tick(time.monotonic() + 1000)
+
+    def answer(self) -> None:
+        for message in tuple(self.outbound._inflight.values()):
+            self.acknowledge(message)
 
 
 @pytest.fixture
@@ -51,6 +56,37 @@ def test_after_the_goodbye_nobody_is_greeted_until_the_next_life(stage: Stage) -
     assert stage.said() == ["ready"]
 
 
+def test_connections_that_break_before_the_greeting_is_answered_do_not_heap_greetings_up(
+    stage: Stage,
+) -> None:
+    for _ in range(5):
+        stage.health.ready(first=False)
+        stage.pump()
+        stage.reconnect(resumed=True)
+    assert stage.backlog.held == 1
+    assert stage.said() == ["reconnected"]
+
+
+def test_a_goodbye_that_nobody_answered_does_not_have_the_last_word_in_the_next_life(stage: Stage) -> None:
+    stage.health.goodbye("disconnected")
+    stage.pump()
+    stage.disconnect(by_broker=False)
+    stage.health.start()
+    stage.connect(resumed=True)
+    stage.health.ready(first=False)
+    assert stage.said() == ["reconnected", "disconnected"]
+    stage.health.tick(time.monotonic() + 1.1)
+    assert stage.said() == ["reconnected"]
+
+
+def test_what_the_service_says_of_itself_does_not_come_behind_the_goodbye(stage: Stage) -> None:
+    receipt = stage.health.publish(True, "mended", None, 0.0)
+    assert receipt is not None
+    stage.health.goodbye("disconnected")
+    assert stage.said() == ["disconnected"]
+    assert isinstance(receipt.exception(0), ClosedError)
+
+
 def test_a_complaint_is_said_again_behind_the_greeting_and_then_repeated(stage: Stage) -> None:
     stage.say(False, "degraded")
     assert stage.said() == ["degraded"]
@@ -59,6 +95,7 @@ def test_a_complaint_is_said_again_behind_the_greeting_and_then_repeated(stage: 
     stage.repeat()
     assert stage.said() == ["degraded"]
     stage.say(True, "mended")
+    stage.answer()
     stage.health.ready(first=False)
     assert stage.said() == ["reconnected", "mended"]
 
