@@ -79,12 +79,21 @@ class Burst:
             done, rest = self._batch[: self._index], self._batch[self._index :]
             dispatcher._postpone(turn, done, rest, self._handled, delay)
 
-    def give_back(self, delay: float) -> None:
-        """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*."""
+    def give_back(self, delay: float, from_outside: bool = False) -> None:
+        """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*.
+
+        Args:
+            from_outside: It is not the handler's doing, nor the message's. Then that has not failed but is handled
+                anew, once: should the loop be about to end, it stays unacknowledged.
+        """
         batch, index = self._batch, self._index
         if self.turn is None or not batch:
             return
-        self.came_out(batch[index], Outcome.FAILED)
+        if from_outside and not batch[index].cut_off:
+            batch[index].cut_off = True
+            index -= 1
+        else:
+            self.came_out(batch[index], Outcome.FAILED)
         done, rest = batch[: index + 1], batch[index + 1 :]
         if rest and not self._postponed:
             self._postponed = True

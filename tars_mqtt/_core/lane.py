@@ -27,6 +27,8 @@ class Delivery:
     """What the last failure said."""
     failed_first: float = 0.0
     """Unix time of the first failure."""
+    cut_off: bool = False
+    """Its handler was cancelled from outside."""
     given_up: bool = False
     """Its time was up while its handler went on: another `Delivery` has taken its place."""
 

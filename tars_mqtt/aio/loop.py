@@ -210,14 +210,14 @@ class LoopDispatcher(WorkerPool):
             self._spawn()
 
     def _change_loop(self) -> None:
-        """The tasks of a loop that was closed never end: what they had in work has failed."""
+        """The tasks of a loop that was closed never end: what they had in work begins anew."""
         abandoned, self._tasks = self._tasks, {}
         self._loop = self._bridge.loop
         self._free.clear()
         self._looking = False
         for task, burst in abandoned.items():
             if task not in self._stuck_tasks and burst is not None and burst.turn is not None:
-                self._cancelled(burst, burst.turn)
+                self._cancelled(burst, burst.turn, from_outside=True)
         if self._stuck_tasks:
             self._stuck_tasks.clear()
             self._tell_stuck(None)
@@ -320,15 +320,19 @@ class LoopDispatcher(WorkerPool):
             if self._given_up(watch):
                 burst.forget()
             else:
-                self._cancelled(burst, turn)
+                self._cancelled(burst, turn, from_outside=bool(task.cancelling()))
             if isinstance(error, asyncio.CancelledError):
                 raise
             logger.exception("internal error in a handler's task", extra={"client_id": self._client_id})
 
-    def _cancelled(self, burst: Burst, turn: Turn) -> None:
-        """A burst ends early: by a shutdown, or by somebody else, at the cost of a message and not of the lane."""
+    def _cancelled(self, burst: Burst, turn: Turn, from_outside: bool) -> None:
+        """A burst ends early: by a shutdown, or by somebody else, at the cost of an attempt and not of the lane.
+
+        Tasks are cancelled when a loop is about to end, too, and the process with it. Nothing tells, so the first
+        time the message is handled again after a moment, which then never comes, nor an acknowledgement.
+        """
         if turn.life == self._life:
-            burst.give_back(_AFTER_CANCELLATION)
+            burst.give_back(_AFTER_CANCELLATION, from_outside)
         with self._lock:
             more = burst.finish()
         if more:
