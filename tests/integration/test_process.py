@@ -127,6 +127,29 @@ def test_run_waits_for_a_broker_that_is_not_there_yet(colour, broker):
         assert program.wait() == 0
 
 
+def test_what_is_queued_when_a_signal_comes_during_an_outage_goes_out_if_the_broker_is_back_in_time(
+    colour, broker
+):
+    wait = "await asyncio" if colour == "aio" else "time"
+    code = RUN[colour].replace(
+        'say("handled", payload)',
+        f"""while client.state.value != "reconnecting":
+                {"    " if colour == "aio" else ""}{wait}.sleep(0.01)
+            {"    " if colour == "aio" else ""}client.submit_event("late", "n", 1, qos=1)
+            {"    " if colour == "aio" else ""}say("queued")""",
+    )
+    with Program(code, broker.url) as program:
+        eventually(lambda: "system/health/service" in broker.log)
+        with Observer(broker.host, broker.port) as observer:
+            observer.publish("work", b"x")
+        broker.kill()
+        program.wait_for("queued")
+        program.signal(signal.SIGTERM)
+        broker.start()
+        assert program.wait() == 0
+    assert "late" in broker.log
+
+
 def test_a_signal_ends_run_during_an_outage(colour, broker):
     with Program(RUN[colour], broker.url) as program:
         eventually(lambda: "system/health/service" in broker.log)

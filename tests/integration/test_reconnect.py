@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 
 import pytest
 
 from tars_mqtt import AckTimeoutError, ClosedError, ConnectionState, NotConnectedError
-from tests.support import FaultProxy, PacketType, ScriptedBroker, eventually
+from tests.support import FaultProxy, PacketType, ScriptedBroker, accept_and_leave, eventually
 from tests.support import packet as mqtt
 
 # -- the broker goes away -----------------------------------------------------------------------
@@ -393,3 +394,101 @@ def test_a_client_works_again_after_shutdown_and_connect(make_client, broker):
         with pytest.raises(ClosedError, match=r"connect\(\)"):
             client.publish("a", b"no", qos=1)
     assert received == [b"1", b"2", b"3"]
+
+
+# -- what an end may not cost -------------------------------------------------------------------
+
+
+def test_an_unsubscribe_lost_with_the_connection_is_said_again(make_client, broker):
+    """Or a shared subscription would go on drawing messages that nobody here handles."""
+    others: list[bytes] = []
+    with FaultProxy(broker.url) as proxy:
+        client = make_client(proxy.url, session_expiry=60)
+        client.connect()
+        subscription = client.subscribe("$share/g/jobs", lambda payload: None, 1)
+        other = make_client(broker.url)
+        other.subscribe("$share/g/jobs", others.append, 1)
+        other.connect()
+        proxy.stall()
+        subscription.unsubscribe(timeout=0.1)
+        proxy.cut()
+        proxy.resume()
+        eventually(lambda: client.connected and client.stats().connections == 2)
+        client.subscribe("later", lambda payload: None)  # its answer comes behind that to the UNSUBSCRIBE
+        for number in range(10):
+            other.publish("jobs", b"%d" % number, qos=1)
+        eventually(lambda: len(others) == 10)
+
+
+def test_who_subscribes_while_a_broker_does_not_answer_need_not_wait_for_it(make_client):
+    """The connection may take long; what is registered by then is asked for on it."""
+
+    def never_answer(connection) -> None:
+        connection.expect(PacketType.CONNECT)
+        connection.hold()
+
+    with ScriptedBroker(accept_and_leave, never_answer) as broker:
+        client = make_client(broker.url, protocol="5", connect_timeout=20.0)
+        client.connect()
+        eventually(lambda: len(broker.received(PacketType.CONNECT)) == 2)
+        assert client.subscribe("a", lambda payload: None, timeout=5.0).active
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_broker_with_more_to_say_has_the_acknowledgements_of_a_client_that_leaves(
+    make_client, make_broker, protocol
+):
+    """A socket that is closed while something comes is reset, with all that the broker had not read."""
+    broker = make_broker(["max_queued_messages 0"])
+    settings = {"client_id": "owner", "session_expiry": 60, "protocol": protocol, "max_pending": 20}
+    handled: list[bytes] = []
+    gate = threading.Event()
+
+    def handle(payload: bytes) -> None:
+        gate.wait(20)
+        handled.append(payload)
+
+    sender = make_client(broker.url)
+    sender.connect()
+    owner = make_client(broker.url, **settings)
+    owner.subscribe("work", handle, 1)
+    owner.connect()
+    owner.shutdown()
+    for number in range(200):
+        sender.submit_event("work", "n", number, qos=1)
+    eventually(lambda: sender.stats().acknowledged == 200)
+    owner = make_client(broker.url, **settings)
+    owner.subscribe("work", handle, 1)
+    owner.connect()
+    eventually(lambda: owner.stats().pending >= 20)
+    threading.Timer(0.2, gate.set).start()
+    owner.shutdown()
+    heir = make_client(broker.url, **settings)
+    heir.subscribe("work", handle, 1)
+    heir.connect()
+    eventually(lambda: len(set(handled)) == 200)
+    assert len(handled) == 200
+
+
+def test_a_connection_comes_about_though_handlers_are_behind(make_client, make_broker):
+    """MQTT 3.1.1: what is not read for their sake may be the answer that the connection waits for."""
+    broker = make_broker(["max_queued_messages 0"])
+    settings = {"client_id": "owner", "session_expiry": 60, "protocol": "3.1.1", "max_pending": 20}
+    release = threading.Event()
+    sender = make_client(broker.url)
+    sender.connect()
+    with FaultProxy(broker.url) as proxy:
+        proxy.latency(0.02)
+        owner = make_client(proxy.url, **settings)
+        owner.subscribe("work", lambda payload: None, 1)
+        owner.connect()
+        owner.shutdown()
+        for number in range(60):
+            sender.submit_event("work", "n", number, qos=1)
+        eventually(lambda: sender.stats().acknowledged == 60)
+        owner = make_client(proxy.url, connect_timeout=5.0, **settings)
+        owner.subscribe("work", lambda payload: release.wait(20), 1)
+        try:
+            owner.connect(5)
+        finally:
+            release.set()

@@ -70,3 +70,17 @@ def test_silence_says_nothing_while_we_do_not_listen():
     peer.excuse(89.0)
     assert not peer.suspected
     assert peer.overdue(100.0) is None
+
+
+def test_a_peer_that_is_not_read_is_asked_again_for_it_needs_our_pings_as_well():
+    """Its answers wait unread; without pings it would take us for dead [MQTT-3.1.2-24]."""
+    peer = liveness()
+    asked = []
+    for now in range(0, 120, 10):
+        peer.excuse(now)
+        if peer.ping_due(now):
+            peer.asked = now
+            asked.append(now)
+            peer.note(now, signs_of_life=0, bytes_out=len(asked))
+    assert asked == [30, 60, 90]
+    assert peer.overdue(120.0) is None
