@@ -101,6 +101,8 @@ class MQTTClient:
             ConnectError: No connection came about in time, or one side does not trust the other's certificate,
                 which waiting cannot cure; nothing is left running.
             ConfigError: A file that a setting names cannot be used: a certificate, a key, a password.
+            OutboxError: Another process has the outbox, or its file cannot be used.
+            ClosedError: The client is being shut down, or left the broker meanwhile.
             SubscribeError: The broker refused some of the subscriptions. The client is connected.
         """
         self._engine.life.connect(seconds(timeout, self.config.connect_timeout))
@@ -239,6 +241,8 @@ class MQTTClient:
             topic: Where it goes. No wildcards.
             event_type: What happened, ``user.login`` for instance.
             data: JSON-like data, an attrs, dataclass or pydantic object.
+            qos: 0, 1 or 2.
+            retain: Whether the broker keeps it for those who subscribe later.
             correlation_id: Links a response to its request.
             properties: Of MQTT 5, by the names that `Message.properties` has: ``message_expiry_interval`` in whole
                 seconds, ``content_type``, ``user_properties`` as a mapping or as pairs of str,
@@ -251,7 +255,7 @@ class MQTTClient:
         Raises:
             TopicError, EncodeError: The input is wrong; nothing was sent.
             NotConnectedError: QoS 0 during an outage, or `connect` was not called.
-            QueueFullError: No room came free in time; the message was not taken.
+            QueueFullError, OutboxError: No room came free in time, or the disk failed; the message was not taken.
             AckTimeoutError: No acknowledgement in time; the message is still on its way.
             PublishRejectedError: The broker refused it, no packet that it takes can carry it, or its time was over.
             ClosedError: The client was shut down.
@@ -287,7 +291,7 @@ class MQTTClient:
             The receipt: done when the broker has acknowledged, for QoS 0 at once.
 
         Raises:
-            TopicError, EncodeError, NotConnectedError, QueueFullError, ClosedError: As `publish_event`.
+            TopicError, EncodeError, NotConnectedError, QueueFullError, OutboxError, ClosedError: As `publish_event`.
         """
         return self._engine.submit_event(
             topic,
@@ -313,7 +317,7 @@ class MQTTClient:
     ) -> None:
         """Publish raw bytes, or text as UTF-8, without an envelope.
 
-        Waits as `publish_event`, and raises the same but for `EncodeError`.
+        Waits as `publish_event`, and raises the same; `TypeError` for another payload.
         """
         limit = seconds(timeout, self.config.publish_timeout)
         started = time.monotonic()
@@ -326,7 +330,8 @@ class MQTTClient:
         Does nothing without ``enable_health``, and says so once as a warning.
 
         Raises:
-            NotConnectedError, QueueFullError, AckTimeoutError, ClosedError: As `publish_event`.
+            NotConnectedError, QueueFullError, OutboxError, AckTimeoutError, PublishRejectedError, ClosedError: As
+                `publish_event`.
         """
         limit, started = self.config.publish_timeout, time.monotonic()
         receipt = self._engine.health.publish(ok, event, error, limit)

@@ -344,7 +344,7 @@ class MQTTClientConfig:
     def user_and_password(self, url: BrokerURL | None = None) -> tuple[str | None, str | None]:
         """User name and password for *url*, the first of `urls` if None, as the settings have them.
 
-        Where `credentials` is set, that is asked instead.
+        Does not ask `credentials`, where those are set: each attempt to connect does.
 
         Reads ``password_file`` each time: whoever changes the password need not restart the service.
 

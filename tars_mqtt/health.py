@@ -47,7 +47,7 @@ class Health:
         """What the service itself said last."""
         self._own_receipt: PublishReceipt | None = None
         self._announced: list[PublishReceipt] = []
-        """Of what was said when the connection came."""
+        """The receipts of what `ready` published; the goodbye takes back what of it is unsent."""
         self._left = False
         """Whether the goodbye has been said."""
         self._farewell: PublishReceipt | None = None
@@ -188,7 +188,8 @@ class Health:
         message = Outgoing(self._health_topic.encode(), payload, 1, True, receipt)
         if greets:
             self._announced.append(receipt)
-            if self._left:  # looked at after that, as the goodbye looks at what was announced after this
+            # First entered, then looked; `goodbye` sets it first, and then looks: one of the two takes it back.
+            if self._left:
                 receipt.cancel()
         if timeout is None:
             self._backlog.admit_first(message)

@@ -80,7 +80,7 @@ _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
 
 
 class Outbox:
-    """One open outbox file. Any thread; each call but `discard` may wait for the disk.
+    """One open outbox file. Any thread; each call but `discard` and `store_soon` may wait for the disk.
 
     Raises:
         OutboxError: The file cannot be opened, or another process has it.

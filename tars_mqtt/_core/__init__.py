@@ -1,1 +1,1 @@
-"""The engine behind both clients; nothing in here is public."""
+"""The engine behind both clients. What of it is public, `tars_mqtt` exports."""

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 
 LARGE_BYTES = 49_152
-"""Of a packet, from which on it counts."""
+"""Packets larger than this make a crowd."""
 
 _CROWD_BYTES = 1_048_576
 
 PACE_TIME = 0.005
-"""Seconds for which a publisher waits at most; his message is taken already."""
+"""Seconds for which a publisher waits at most; its message is taken already."""
 
 
 class Crowd:

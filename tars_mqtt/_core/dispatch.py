@@ -45,13 +45,13 @@ class Consumer:
     """How many bursts may be in work at once; 0 where nobody is called, but an iterator takes."""
     handle: Handling | None
     claims: Claims | None = None
-    """Of an iterator's deliveries; where a handler is called, that has them as well."""
+    """For what an iterator takes; a handler's `HandlerCall` has the same object."""
     recovery: Recovery = attrs.field(factory=Recovery)
     arrived: Callable[[], None] | None = None
     """Called when there is something to take, or nothing will come any more; for an iterator on a loop."""
     burst: int = 1
     offered: int = 0
-    """Of the tokens, those that wait for a worker."""
+    """How many of *tokens* are queued, and not yet taken by a worker."""
     tokens: int = 0
     """Bursts in work or waiting for a worker: never more than *limit*. For an iterator: what it has handed out."""
     closed: bool = False
@@ -68,7 +68,7 @@ class Turn(NamedTuple):
 
     consumer: Consumer
     life: int
-    """Of the dispatcher. What is left of an older one changes nothing any more, for that one's work is given up."""
+    """The life of the dispatcher that it belongs to; a turn of an earlier life changes nothing any more."""
     postponed: Sequence[Delivery] | None = None
     """What had to wait for a retry; without, what waits in the lane."""
 

@@ -44,7 +44,7 @@ def argument_of(handler: Handler) -> Convert:
     if wanted is Envelope:
         return attrgetter("envelope")
     if isinstance(wanted, type) and wanted not in _NO_MODELS:
-        from tars_mqtt.model import is_model  # late: as it says
+        from tars_mqtt.model import is_model  # late: it brings cattrs along
 
         if is_model(wanted):
             return lambda message: message.envelope.data_as(wanted)

@@ -53,7 +53,7 @@ class Attempt:
     first: Future[None]
     """Whether the first connection came about."""
     starts: bool
-    """Whether that is still to come; otherwise the next connection is, if there is none now."""
+    """Whether to wait for *first*. Otherwise it came earlier, and the state is waited for to leave `TRYING`."""
 
 
 class Life:
@@ -92,7 +92,7 @@ class Life:
         self._overtaking = 0  # shutdowns that had no time to wait for the lock
         self._attempts: set[Attempt] = set()  # that are waited for; each step on it is atomic
         self._has_come: Future[None] | None = None
-        """Of the starts, the last one that somebody has a connection of."""
+        """`Attempt.first` of the latest start whose connection some caller has."""
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
@@ -210,7 +210,7 @@ class Life:
             raise
 
     def timed_out(self, attempt: Attempt, timeout: float) -> ConnectError:
-        """The caller has waited long enough: what to tell him. The last one for whom a client starts stops it."""
+        """The caller has waited long enough: what to tell them. Stops what nobody else waits for."""
         reason = self._session.last_error
         stopped = self.give_up(attempt)
         return ConnectError(
@@ -226,7 +226,7 @@ class Life:
             self.stop_network(0.0, attempt.first)
 
     def give_up(self, attempt: Attempt) -> bool:
-        """The caller waits no longer. Stops what only he has waited for; True if nothing runs then."""
+        """The caller waits no longer. Stops what nobody else waits for; True if nothing runs then."""
         self.over(attempt)
         if not attempt.starts:
             return False

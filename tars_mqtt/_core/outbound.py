@@ -64,7 +64,7 @@ class Outbound:
 
     @property
     def patience(self) -> float:
-        """Seconds for which what the broker says may be left to gather, as far as the way out goes.
+        """For how many seconds acknowledgements may be left unread, so that the window does not run dry.
 
         While messages wait for others to be acknowledged, the broker should not run out of work: a window
         of few messages keeps it busy for less time than a short sleep takes.

@@ -63,7 +63,7 @@ class Registry:
         self._lock = threading.Lock()
         self._uses: dict[str, int] = {}
         self._most_uses = 0
-        """Of a filter that nobody uses any more: those are not remembered one by one."""
+        """Of all filters that are gone: new ones count on from it, so that no identity is used twice."""
         self._identifiers: set[int] = set()
         self.router: Router[FilterEntry] = Router()
 

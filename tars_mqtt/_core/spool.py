@@ -92,7 +92,7 @@ class Spool:
                 self._committing = True
                 self._later(0.0, self._commit)
                 return
-        self.flush()  # which fails
+        self.flush()  # it is closed, so this calls *failed*
 
     def _commit(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Which message it is over which a broker hangs up."""
+"""Finding the message that makes a broker close the connection."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ logger = logging.getLogger("tars_mqtt.dispatch")
 
 
 class Timer:
-    """Runs short calls when they are due. Any thread; started by the first call, ended by `stop`."""
+    """Runs short calls when they are due. Any thread; started by the first call, ended by `stop`.
+
+    With an outbox its writes are among them: a disk that is slow delays retries and time limits.
+    """
 
     def __init__(self, client_id: str) -> None:
         self._client_id = client_id
@@ -24,7 +27,7 @@ class Timer:
         self._thread: threading.Thread | None = None
 
     def call_later(self, delay: float, call: Callable[[], None]) -> None:
-        """Have *call* run in *delay* seconds; it must not block."""
+        """Have *call* run in *delay* seconds; it must not block for long."""
         with self._changed:
             heapq.heappush(self._due, (time.monotonic() + delay, next(self._numbers), call))
             if self._thread is None:

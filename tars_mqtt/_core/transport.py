@@ -1,4 +1,4 @@
-"""The connection to the broker: a socket, and a network thread that sleeps until there is something to do."""
+"""One connection after the other: the socket, what to wait for, and waking who waits."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ class LoopDispatcher(WorkerPool):
         loop = task.get_loop()
         burst = self._tasks[task] = Burst(self)
         until = loop.time() + _LONGEST_HOLD
-        ours = 0  # variables in a context that no handler has set any in
+        ours = 0  # context variables, counted before the first handler ran
         while self._begin_next(burst):
             self._free.discard(task)
             if self._loop_turns and not self._looking:
