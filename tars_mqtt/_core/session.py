@@ -409,7 +409,8 @@ class Session:
         """
         unacknowledged = self.inbound.unacknowledged
         most = self._config.max_pending
-        if self._outbound.inflight or self._subscriber.waits:
+        owed = self._outbound.inflight or self._subscriber.waits
+        if owed or not (self._v5 or self._subscriber.restored):
             most = _PACKET_IDS
         if self._v5:
             return unacknowledged > min(most, _PACKET_IDS)

@@ -48,8 +48,8 @@ class Subscriber:
 
     @property
     def waits(self) -> bool:
-        """Whether the broker owes an answer that something waits for."""
-        return bool(self._waiters or self._leaving or self._restoring)
+        """Whether somebody waits for the broker's answer."""
+        return bool(self._waiters or self._leaving)
 
     def take_refusals(self) -> SubscribeError | None:
         """What the broker refused on this connection before it was `restored`."""

@@ -130,18 +130,24 @@ def test_run_waits_for_a_broker_that_is_not_there_yet(colour, broker):
 def test_what_is_queued_when_a_signal_comes_during_an_outage_goes_out_if_the_broker_is_back_in_time(
     colour, broker
 ):
-    wait = "await asyncio" if colour == "aio" else "time"
-    code = RUN[colour].replace(
-        'say("handled", payload)',
-        f"""while client.state.value != "reconnecting":
-                {"    " if colour == "aio" else ""}{wait}.sleep(0.01)
-            {"    " if colour == "aio" else ""}client.submit_event("late", "n", 1, qos=1)
-            {"    " if colour == "aio" else ""}say("queued")""",
+    indent, wait = ("    " * 4, "await asyncio") if colour == "aio" else ("    " * 3, "time")
+    lines = (
+        'say("begun")',
+        'while client.state.value != "reconnecting":',
+        f"    {wait}.sleep(0.01)",
+        'client.submit_event("late", "n", 1, qos=1)',
+        'say("queued")',
+    )
+    code = (
+        RUN[colour]
+        .replace('say("handled", payload)', f"\n{indent}".join(lines))
+        .replace("connect_timeout=60", "reconnect_min_delay=0.1, reconnect_max_delay=0.5")
     )
     with Program(code, broker.url) as program:
-        eventually(lambda: "system/health/service" in broker.log)
         with Observer(broker.host, broker.port) as observer:
+            observer.wait_for("system/health/service")
             observer.publish("work", b"x")
+            program.wait_for("begun")
         broker.kill()
         program.wait_for("queued")
         program.signal(signal.SIGTERM)
