@@ -216,7 +216,9 @@ class LoopDispatcher(WorkerPool):
         self._free.clear()
         self._looking = False
         for task, burst in abandoned.items():
-            if task not in self._stuck_tasks and burst is not None and burst.turn is not None:
+            if burst is None:
+                task.get_coro().close()  # type: ignore[union-attr]  # or Python complains that it never began
+            elif task not in self._stuck_tasks and burst.turn is not None:
                 self._cancelled(burst, burst.turn, from_outside=True)
         if self._stuck_tasks:
             self._stuck_tasks.clear()

@@ -25,6 +25,7 @@ from tars_mqtt.aio import (
     QueueFullError,
     SubscribeError,
 )
+from tars_mqtt.aio.loop import LoopDispatcher
 from tests.support import PacketType, ScriptedBroker
 from tests.support import packet as mqtt
 from tests.support.wait import eventually
@@ -628,6 +629,42 @@ def test_a_loop_that_is_closed_without_shutdown_does_not_hurt_the_engine(broker:
     eventually(lambda: client.stats().acknowledged == 1)
     asyncio.run(client.shutdown(timeout=1))
     assert client.state is ConnectionState.CLOSED
+
+
+def test_a_handler_that_a_closed_loop_never_began_begins_on_the_next(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MQTTClient(broker.url, "orphan", **QUICK)
+    handled: list[bytes] = []
+
+    async def handler(payload: bytes) -> None:
+        handled.append(payload)
+
+    async def begin() -> None:
+        await client.subscribe("a", handler)
+        await client.connect()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    with monkeypatch.context() as patch:
+        spawn = LoopDispatcher._spawn
+
+        def spawn_too_late(dispatcher: LoopDispatcher) -> None:
+            spawn(dispatcher)
+            loop.stop()
+
+        patch.setattr(LoopDispatcher, "_spawn", spawn_too_late)
+        client.submit_event("a", "n", 1, qos=1)
+        loop.run_forever()
+    loop.close()
+    assert not handled
+
+    async def again() -> None:
+        async with client:
+            await until(lambda: handled)
+
+    asyncio.run(again())
+    gc.collect()
 
 
 def test_it_runs_on_uvloop(broker: Broker) -> None:
