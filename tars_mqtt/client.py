@@ -119,14 +119,18 @@ class MQTTClient:
         """Finish the handlers, flush QoS 1 and 2, say goodbye, join every thread.
 
         Keeps to its time, whatever state the broker is in. What could not be flushed is counted
-        and logged, its receipts fail with `ClosedError`. Idempotent; `connect` may follow.
+        and logged, its receipts fail with `ClosedError`. Idempotent; `connect` may follow. In a handler it
+        returns at once, and waits for that handler on a thread of its own.
 
         Args:
             timeout: Seconds; ``shutdown_timeout`` unless given.
         """
         self._stop.put(None)
         limit = seconds(timeout, self.config.shutdown_timeout)
-        self._engine.life.shutdown(limit)
+        if self._engine.dispatcher.in_handler():
+            self._engine.life.shutdown_aside(limit)
+        else:
+            self._engine.life.shutdown(limit, threading.current_thread())
 
     def __enter__(self) -> Self:
         try:

@@ -25,7 +25,6 @@ class Burst:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
-        self.size = 0
         self.turn: Turn | None = None
         """None while the worker has nothing to do."""
         self._batch: Sequence[Delivery] = ()
@@ -41,11 +40,14 @@ class Burst:
         in_work.set((self, self.number))
         self.turn = turn
         self._index = 0
-        self._batch = batch = self.dispatcher._take(turn)
-        self.size = len(batch)
+        self._batch = self.dispatcher._take(turn)
         self._handled = 0
         self._postponed = False
         self._started = monotonic()
+
+    def in_work_as(self, number: int) -> bool:
+        """Whether what had this *number* is still in work."""
+        return self.number == number and self.turn is not None
 
     def __iter__(self) -> Iterator[Delivery]:
         """What is to be handled, one after the other; say how each `came_out`."""
@@ -103,10 +105,10 @@ class Burst:
         """Account for it; True when the consumer has more for the same worker. Holds the dispatcher's lock."""
         turn, batch = self.turn, self._batch
         assert turn is not None
-        self.turn, self._batch, self.size = None, (), 0
+        self.turn, self._batch = None, ()
         duration = monotonic() - self._started
         return not self._postponed and self.dispatcher._finish(turn, batch, self._handled, duration)
 
     def forget(self) -> None:
         """Somebody else has dealt with it. An idle worker keeps no messages."""
-        self.turn, self._batch, self.size = None, (), 0
+        self.turn, self._batch = None, ()

@@ -87,7 +87,7 @@ class Connector:
         return self._urls[0]
 
     def connect(self, interrupted: Callable[[], bool]) -> Connection:
-        """Get one connection, from the first broker that gives one.
+        """Get one connection, from the first broker that gives one; they share ``connect_timeout`` evenly.
 
         Raises:
             ConnectError: None does; of a kind that is not `curable` when that is true of each.
@@ -95,9 +95,12 @@ class Connector:
             Interrupted: The client is leaving.
         """
         failures: list[ConnectError | ConfigError] = []
-        for _ in range(len(self._urls)):
+        until = time.monotonic() + self._config.connect_timeout
+        for left in range(len(self._urls), 0, -1):
+            now = time.monotonic()
             try:
-                return self._try(self.url, interrupted)
+                # What one broker does not need is the others': a silent one must leave them time.
+                return self._try(self.url, now + (until - now) / left, interrupted)
             except (ConnectError, ConfigError) as error:
                 failures.append(error)
                 self._transport.drop()
@@ -109,11 +112,9 @@ class Connector:
         text = "; ".join(map(str, failures))
         raise ConnectError(text) if curable(first) else LastingError(text)
 
-    def _try(self, url: BrokerURL, interrupted: Callable[[], bool]) -> Connection:
-        now = time.monotonic()
-        deadline = now + self._config.connect_timeout
+    def _try(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Connection:
         # What the user's functions take must leave time for the broker.
-        ask_until = now + self._config.connect_timeout / 2
+        ask_until = (time.monotonic() + deadline) / 2
         login = self._secrets.login(url, ask_until, interrupted)
         headers = self._secrets.headers(url, ask_until, interrupted)
         versions = self._versions(url)

@@ -215,16 +215,15 @@ class Dispatcher:
         """Be ready to handle; after `stop`, again."""
         raise NotImplementedError
 
-    def own_work(self) -> int:
-        """Inside a handler: the size of its burst, which must not be waited for there; otherwise 0."""
+    def in_handler(self) -> bool:
+        """Whether this runs inside a handler, or in what one has started that is still in work."""
         burst, number = in_work.get() or (None, 0)
-        return burst.size if burst is not None and burst.dispatcher is self and burst.number == number else 0
+        return burst is not None and burst.in_work_as(number) and burst.dispatcher is self
 
-    def wait_idle(self, timeout: float, own: int, reader: object) -> bool:
-        """Wait until nothing waits or is in work.
+    def wait_idle(self, timeout: float, reader: object) -> bool:
+        """Wait until nothing waits or is in work. Not in a handler.
 
         Args:
-            own: See `own_work`; not waited for.
             reader: The thread or task that waits. Where it reads an iterator itself, or nobody does, what the
                 iterator holds is not waited for.
         """
@@ -239,7 +238,7 @@ class Dispatcher:
         with self._lock:
             self._watchers += 1
             try:
-                return self._changed.wait_for(lambda: self._pending <= own + unread(), timeout)
+                return self._changed.wait_for(lambda: self._pending <= unread(), timeout)
             finally:
                 self._watchers -= 1
 

@@ -184,9 +184,8 @@ class Life:
             with self._lock:
                 alone = self._first is attempt.first
             if alone:
-                own = self._dispatcher.own_work()
-                reader = threading.current_thread()
-                self._shutdown(time.monotonic() + self._config.shutdown_timeout, 0.0, own, reader)
+                deadline = time.monotonic() + self._config.shutdown_timeout
+                self._shutdown(deadline, 0.0, threading.current_thread())
         self.over(attempt)
 
     def _start(self) -> None:
@@ -214,7 +213,7 @@ class Life:
         reason = self._session.last_error
         stopped = self.give_up(attempt)
         return ConnectError(
-            f"no connection to {self._config.urls[0]} within {timeout:g} s"
+            f"no connection to {' or '.join(map(str, self._config.urls))} within {timeout:g} s"
             + (f": {reason}" if reason else "")
             + "; check mqtt_url, and whether a broker runs there"
             + ("" if stopped else ". The client keeps trying")
@@ -298,28 +297,47 @@ class Life:
                 with contextlib.suppress(TarsMQTTError):
                     receipt.result(max(0.0, deadline - time.monotonic()))
 
-    def shutdown(self, timeout: float | None, own: int | None = None, reader: object = None) -> None:
-        """Finish the work, flush, say goodbye, join every thread.
+    def shutdown(self, timeout: float | None, reader: object) -> None:
+        """Finish the work, flush, say goodbye, join every thread. Not in a handler, which it would wait for.
 
         Args:
-            own: See `Dispatcher.own_work`; for a caller on another thread or task than the one that asked.
-            reader: See `Dispatcher.wait_idle`; this thread unless given.
+            reader: See `Dispatcher.wait_idle`.
         """
         self.check()
         timeout = FOREVER if timeout is None else timeout
-        own = self._dispatcher.own_work() if own is None else own
-        # In a handler: whoever shuts down already waits for this very one.
-        if not self._shutting_down.acquire(timeout=0 if own else timeout):
+        if self._shutting_down.acquire(timeout=timeout):
+            self._shutdown_alone(timeout, reader)
+
+    def shutdown_aside(self, timeout: float | None, over: Callable[[], None] = lambda: None) -> None:
+        """Have a thread of its own shut down, which then calls *over*; unless somebody is at it already.
+
+        For handlers: they return, and what they had in work is finished, and acknowledged, as all other work is.
+        """
+        self.check()
+        if not self._shutting_down.acquire(blocking=False):
             return
+
+        def run() -> None:
+            self._shutdown_alone(FOREVER if timeout is None else timeout, None)
+            over()
+
+        try:
+            # No daemon: a process that has nothing else to do any more is to end in good order.
+            threading.Thread(target=run, name=f"tars-mqtt/{self._config.client_id}/shutdown").start()
+        except BaseException:
+            self._shutting_down.release()
+            raise
+
+    def _shutdown_alone(self, timeout: float, reader: object) -> None:
+        """Nobody else shuts down: the caller holds `_shutting_down`, which this releases."""
         try:
             if self._state.value is not ConnectionState.CLOSED:
-                reader = reader or threading.current_thread()
-                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, own, reader)
+                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, reader)
         finally:
             self._called_off = False
             self._shutting_down.release()
 
-    def _shutdown(self, deadline: float, reserve: float, own: int, reader: object) -> None:
+    def _shutdown(self, deadline: float, reserve: float, reader: object) -> None:
         def left(kept: float = 0.0) -> float:
             return max(0.0, deadline - kept - time.monotonic())
 
@@ -332,7 +350,7 @@ class Life:
         else:
             self._overtaking += 1
         self._session.inbound.close()
-        if not self._dispatcher.wait_idle(left(2 * reserve), own, reader):
+        if not self._dispatcher.wait_idle(left(2 * reserve), reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=extra)
         self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.thread.running:

@@ -24,7 +24,7 @@ from tars_mqtt._core.state import TRYING, ConnectionState
 from tars_mqtt._core.stats import Counters, Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.aio.direct import PahoFace
-from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher, handler_task
+from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
 from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.room import Room
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
@@ -70,6 +70,7 @@ class MQTTClient:
         self._room = Room(self._backlog, self._bridge)
         self._publish_timeout = config.publish_timeout
         self._executor: ThreadPoolExecutor | None = None
+        self._blocking_calls: set[asyncio.Future[Any]] = set()
         self._stop: asyncio.Event | None = None
         self._paho = PahoFace(self)
 
@@ -111,7 +112,10 @@ class MQTTClient:
         if self._executor is None:
             name = f"tars-mqtt/{self.config.client_id}/blocking"
             self._executor = ThreadPoolExecutor(4, thread_name_prefix=name)
-        return self._on_loop().run_in_executor(self._executor, call, *args)
+        work = self._on_loop().run_in_executor(self._executor, call, *args)
+        self._blocking_calls.add(work)
+        work.add_done_callback(self._blocking_calls.discard)
+        return work
 
     # -- connection -------------------------------------------------------------------------
 
@@ -184,26 +188,27 @@ class MQTTClient:
         """Finish the handlers, flush QoS 1 and 2, say goodbye, join every thread.
 
         Handlers that do not end in time are cancelled. A cancellation of the call itself is
-        delivered when the work is done.
+        delivered when the work is done. In a handler it returns at once, and waits for that
+        handler elsewhere.
         """
         self._on_loop()
         if self._stop is not None:
             self._stop.set()
         limit = seconds(timeout, self.config.shutdown_timeout)
-        own = self._dispatcher.own_work()
-        handler = handler_task.get() if own else None
-        spared = self._dispatcher.spared
-        spared.append(handler)
+        life = self._engine.life
+        if self._dispatcher.in_handler():
+            life.shutdown_aside(limit, lambda: self._bridge.post(self._release_executor))
+            return
         try:
-            await _to_the_end(self._blocking(self._engine.life.shutdown, limit, own, asyncio.current_task()))
+            await _to_the_end(self._blocking(life.shutdown, limit, asyncio.current_task()))
         finally:
-            spared.remove(handler)
             self._release_executor()
 
     def _release_executor(self) -> None:
         executor, self._executor = self._executor, None
         if executor is not None:
-            executor.shutdown(wait=False)
+            # What has done its work takes some microseconds to end: then no thread is left behind.
+            executor.shutdown(wait=all(call.done() for call in self._blocking_calls))
 
     async def __aenter__(self) -> Self:
         try:

@@ -37,12 +37,6 @@ _MOST_CALLS = 256
 """Calls run in one turn of the loop; the others wait for the next, so that nobody else waits long."""
 
 
-handler_task: contextvars.ContextVar[asyncio.Task[None] | None] = contextvars.ContextVar(
-    "handler_task", default=None
-)
-"""The task of the handler that is running, here or in what it awaits."""
-
-
 class Bridge:
     """Runs calls from any thread on one event loop, with one wake-up per burst; lasting ones first, each kind in order.
 
@@ -167,8 +161,6 @@ class LoopDispatcher(WorkerPool):
     def __init__(self, bridge: Bridge, *args: Any) -> None:
         super().__init__(*args)
         self._bridge = bridge
-        self.spared: list[asyncio.Task[None] | None] = []
-        """Handlers that wait for a shutdown that they asked for, once for each: not to be cancelled by it."""
         self._called = False
         """Whether the loop is about to look at its turns."""
         # Guarded by _lock:
@@ -217,7 +209,7 @@ class LoopDispatcher(WorkerPool):
         self._looking = False
         for task, burst in abandoned.items():
             if burst is None:
-                task.get_coro().close()  # type: ignore[union-attr]  # or Python complains that it never began
+                task.get_coro().close()  # or Python complains that it never began
             elif task not in self._stuck_tasks and burst.turn is not None:
                 self._cancelled(burst, burst.turn, from_outside=True)
         if self._stuck_tasks:
@@ -257,7 +249,6 @@ class LoopDispatcher(WorkerPool):
         """
         task = asyncio.current_task()
         assert task is not None
-        handler_task.set(task)
         loop = task.get_loop()
         burst = self._tasks[task] = Burst(self)
         until = loop.time() + _LONGEST_HOLD
@@ -391,20 +382,16 @@ class LoopDispatcher(WorkerPool):
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
         stuck = super().stop(timeout)
-        while self._others() and (left := deadline - time.monotonic()) > 0:
+        while self._tasks and (left := deadline - time.monotonic()) > 0:
             # A task may swallow one cancellation, or two: ask until it ends.
             looked = threading.Event()
             self._bridge.post(partial(self._cancel, looked))
             looked.wait(min(left, 0.05))
-            if self._others():
+            if self._tasks:
                 time.sleep(min(left, 0.01))
-        return stuck + [task.get_name() for task in self._others()]
-
-    def _others(self) -> set[asyncio.Task[None]]:
-        """All tasks but those that are spared."""
-        return set(self._tasks) - set(self.spared)
+        return stuck + [task.get_name() for task in tuple(self._tasks)]
 
     def _cancel(self, looked: threading.Event) -> None:
-        for task in self._others():
+        for task in tuple(self._tasks):
             task.cancel()
         looked.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -229,7 +230,7 @@ def test_a_handler_that_ends_while_the_client_is_shut_down_is_remembered(
 
     def stop_after_the_handler(timeout: float) -> list[str]:
         go_on.set()
-        assert wait_idle(10.0, 0, None)
+        assert wait_idle(10.0, None)
         return stop(timeout)
 
     dispatcher.stop = stop_after_the_handler
@@ -263,6 +264,30 @@ def test_brokers_are_tried_in_turn(make_client, make_broker: Callable[..., Broke
     eventually(lambda: client.stats().connections == 3 and client.connected)
     client.publish_event("a", "n", 2, qos=1)
     eventually(lambda: numbers(received) == [1, 2])
+
+
+@pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
+def test_a_broker_that_is_silent_leaves_time_for_the_next(
+    make_client, make_broker: Callable[..., Broker], protocol: str
+) -> None:
+    silent, second = make_broker(), make_broker()
+    silent.freeze()
+    try:
+        client = make_client(f"{silent.url},{second.url}", protocol=protocol, connect_timeout=4)
+        client.connect()
+    finally:
+        silent.thaw()
+    assert "New client connected" in second.log
+
+
+def test_the_error_names_every_broker_that_was_silent(make_client) -> None:
+    with socket.create_server((HOST, 0)) as first, socket.create_server((HOST, 0)) as second:
+        urls = [f"mqtt://{HOST}:{server.getsockname()[1]}" for server in (first, second)]
+        client = make_client(",".join(urls), connect_timeout=0.5)
+        with pytest.raises(ConnectError) as caught:
+            client.connect()
+    for url in urls:
+        assert url in str(caught.value)
 
 
 def test_the_error_names_every_broker_that_was_tried(make_client) -> None:

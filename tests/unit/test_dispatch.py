@@ -319,7 +319,7 @@ def test_a_shutdown_waits_for_handlers_though_the_reader_of_an_iterator_asks_for
             pool.finished(taken)
         pool.submit({consumer(pool, handling): deliveries("work")})
         eventually(lambda: handling.inside == ["work"])
-        assert not pool.wait_idle(0.05, 0, threading.current_thread())
+        assert not pool.wait_idle(0.05, threading.current_thread())
         handling.release()
-        assert pool.wait_idle(30, 0, threading.current_thread())
+        assert pool.wait_idle(30, threading.current_thread())
         assert read.tokens == 0
