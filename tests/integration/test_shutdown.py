@@ -224,7 +224,7 @@ def test_shutdown_from_a_handler(make_client, broker, leak_check):
     leak_check.assert_clean()
 
 
-def test_a_handler_that_shuts_down_and_fails_gives_its_message_back(make_client, broker):
+def test_a_handler_that_shuts_down_and_fails_with_retries_left_gives_its_message_back(make_client, broker):
     """It is not acknowledged: the broker delivers it to the next session."""
     client = make_client(broker.url, "me", session_expiry=60)
     handled = []
