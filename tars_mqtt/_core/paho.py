@@ -43,6 +43,7 @@ class _Port:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._unread = b""
+        self.packets_sent = 0
 
     def feed(self, packet: bytes) -> None:
         """Let paho read one control packet."""
@@ -56,6 +57,7 @@ class _Port:
 
     def send(self, data: bytes | bytearray) -> int:
         self._stream.write(bytes(data))
+        self.packets_sent += 1  # paho gives a packet in one piece
         return len(data)
 
     def close(self) -> None:
@@ -152,6 +154,11 @@ class Control:
     def wants_messages(self) -> bool:
         """Whether a message that no subscription of ours matches has a taker in paho."""
         return self.client.wants_messages or self.client.on_message is not None
+
+    @property
+    def has_asked(self) -> bool:
+        """Whether more was written than CONNECT, so that the broker may have answers, or messages."""
+        return self._port is not None and self._port.packets_sent > 1
 
     def write(self) -> None:
         """Let paho write what it has."""

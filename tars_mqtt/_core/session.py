@@ -105,6 +105,7 @@ class Session:
         self._v5 = True
         self._hang_ups = 0
         self._ready = False
+        self._has_earlier_subscriptions = False
         self._liveness = Liveness(1.0, 1.0, 0.0, 0.0)
         self._restore_by = math.inf
         self._homeless_until = math.inf
@@ -242,6 +243,7 @@ class Session:
         # A session of another broker, or of an earlier process, is not the one that we know.
         resumed = connack.session_present and connection.url == self._broker
         self._broker = connection.url
+        self._has_earlier_subscriptions = connack.session_present
         keepalive = float(connack.keepalive or config.keepalive)
         patience = 1.5 * keepalive
         if config.enable_heartbeat:
@@ -424,7 +426,10 @@ class Session:
         while self._outbound.pump(transport.write_all, transport.unsent_bytes):
             if not transport.flush(deadline):
                 break
-        if transport.disconnect(deadline):
+        owed = (
+            self._has_earlier_subscriptions or self._outbound.inflight > 0 or self._liveness.asked is not None
+        )
+        if transport.disconnect(deadline, owed):
             self._outbound.all_sent()
 
     def _lost(self, error: Exception | None, held: float) -> None:

@@ -270,15 +270,22 @@ class Transport:
             return True
         return False
 
-    def disconnect(self, deadline: float) -> bool:
-        """Write DISCONNECT behind all that waits; True when everything left before the deadline."""
+    def disconnect(self, deadline: float, owed: bool) -> bool:
+        """Write DISCONNECT behind all that waits; True when everything left before the deadline.
+
+        Args:
+            deadline: On the monotonic clock.
+            owed: Whether the broker may still send, beside what was asked for through here.
+        """
         if self._stream is None:
             return False
+        owed = owed or self._control.has_asked
         self._stream.send_no_more()
         with contextlib.suppress(ConnectionLostError):
             self._control.disconnect()
             if self.flush(deadline):
-                self._read_to_the_end(min(deadline, time.monotonic() + _LAST_WORDS_TIME))
+                if owed:
+                    self._read_to_the_end(min(deadline, time.monotonic() + _LAST_WORDS_TIME))
                 return True
         return False
 
@@ -286,7 +293,7 @@ class Transport:
         """Wait until the broker has closed the connection, too.
 
         A socket that is closed while something still comes is reset, and with it goes what the broker has not read:
-        acknowledgements, and the DISCONNECT itself.
+        acknowledgements, and the DISCONNECT itself. Where nothing comes, the system delivers all by itself.
         """
         stream = self._stream
         assert stream is not None

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tars_mqtt import ClosedError, ConnectionState, MQTTClient
-from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, eventually
+from tars_mqtt._core import transport
+from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, ScriptedConnection, eventually
 from tests.support.port import HOST, free_port
 from tests.support.thread import in_thread
 
@@ -62,6 +63,32 @@ def test_who_leaves_hands_qos_0_to_the_network(make_client, broker, leave):
     getattr(client, leave)()
     eventually(lambda: len(received) == 2000)
     assert client.stats().dropped == {}
+
+
+@pytest.mark.parametrize("owed", [False, True])
+def test_the_broker_is_awaited_where_it_may_still_send(make_client, monkeypatch, owed):
+    """Else the goodbye would be torn down with the connection."""
+    monkeypatch.setattr(transport, "_LAST_WORDS_TIME", 60.0)
+    gone = threading.Event()
+
+    def never_hang_up(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.serve(instead=lambda packet: packet.type == PacketType.DISCONNECT and outlast(connection))
+
+    def outlast(connection: ScriptedConnection) -> bool:
+        assert gone.wait(0.3 if owed else 10) is not owed
+        connection.close()
+        return True
+
+    with ScriptedBroker(never_hang_up) as broker:
+        client = make_client(broker.url, shutdown_timeout=60)
+        if owed:
+            client.subscribe("a", print)
+        client.connect()
+        client.publish_event("b", "n", 1)
+        client.shutdown()
+        gone.set()
+        assert broker.wait_for(PacketType.DISCONNECT)
 
 
 def test_qos_0_that_leaves_with_the_goodbye_is_not_called_lost(make_client):
