@@ -125,11 +125,12 @@ class MQTTClient:
         Args:
             timeout: Seconds; ``shutdown_timeout`` unless given.
         """
-        self._stop.put(None)
         limit = seconds(timeout, self.config.shutdown_timeout)
         if self._engine.dispatcher.in_handler():
             self._engine.life.shutdown_aside(limit)
+            self._stop.put(None)  # not before: `run` shuts down, too, and in its own time
         else:
+            self._stop.put(None)
             self._engine.life.shutdown(limit, threading.current_thread())
 
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections import deque
@@ -86,8 +87,13 @@ class Connector:
         """The broker that is asked first."""
         return self._urls[0]
 
-    def connect(self, interrupted: Callable[[], bool]) -> Connection:
+    def connect(self, interrupted: Callable[[], bool], wanted_by: float = math.inf) -> Connection:
         """Get one connection, from the first broker that gives one; they share ``connect_timeout`` evenly.
+
+        Args:
+            interrupted: Asked again and again; when it is true, there is to be no connection any more.
+            wanted_by: When somebody gives up who waits for it, on the monotonic clock: each broker is to have
+                its turn before.
 
         Raises:
             ConnectError: None does; of a kind that is not `curable` when that is true of each.
@@ -98,9 +104,10 @@ class Connector:
         until = time.monotonic() + self._config.connect_timeout
         for left in range(len(self._urls), 0, -1):
             now = time.monotonic()
+            # What one broker does not need is the others': a silent one must leave them time.
+            end = min(until, wanted_by) if left > 1 and wanted_by > now else until
             try:
-                # What one broker does not need is the others': a silent one must leave them time.
-                return self._try(self.url, now + (until - now) / left, interrupted)
+                return self._try(self.url, now + (end - now) / left, interrupted)
             except (ConnectError, ConfigError) as error:
                 failures.append(error)
                 self._transport.drop()

@@ -123,6 +123,9 @@ class Life:
         except TarsMQTTError as error:
             self.failed(attempt)
             raise fresh(error) from error.__cause__
+        except BaseException:  # Ctrl-C, as a rule
+            self.give_up(attempt)
+            raise
         finally:
             self.over(attempt)
 
@@ -162,7 +165,7 @@ class Life:
             # Asked before the thread starts: its first connection may come and go before this one looks.
             starts = not self._session.thread.running or self._first is None or not self._first.done()
             if not self._session.thread.running:
-                self._start()
+                self._start(deadline)
             assert self._first is not None
             attempt = Attempt(self._first, starts)
             self._attempts.add(attempt)
@@ -188,7 +191,7 @@ class Life:
                 self._shutdown(deadline, 0.0, threading.current_thread())
         self.over(attempt)
 
-    def _start(self) -> None:
+    def _start(self, wanted_by: float) -> None:
         """Holds the lock."""
         self._prepare()
         try:
@@ -197,7 +200,7 @@ class Life:
             self._dispatcher.start()
             self._backlog.open()
             self._session.inbound.open()
-            self._first = self._session.start()
+            self._first = self._session.start(wanted_by)
         except BaseException as error:
             self._session.thread.interrupt()  # Ctrl-C may come when it has just started
             self._backlog.refuse(_not_started())

@@ -98,6 +98,7 @@ class Session:
         self.connections = 0
         # Owned by the network thread:
         self._first: Future[None] = Future()
+        self._wanted_by = math.inf
         self._backoff = Backoff(config.reconnect_min_delay, config.reconnect_max_delay)
         self._bytes_in = 0
         self._bytes_out = 0
@@ -112,9 +113,14 @@ class Session:
 
     # -- any thread -------------------------------------------------------------------------
 
-    def start(self) -> Future[None]:
-        """Start the network thread; the future tells how the first connection came out."""
+    def start(self, wanted_by: float) -> Future[None]:
+        """Start the network thread; the future tells how the first connection came out.
+
+        Args:
+            wanted_by: See `Connector.connect`.
+        """
         self._first = first = Future[None]()
+        self._wanted_by = wanted_by
         self._backoff.reset()
         self.thread.start(self._run)
         return first
@@ -163,7 +169,7 @@ class Session:
     def _one_connection(self) -> float:
         """Connect and serve until the connection is lost; returns the delay before the next."""
         try:
-            connection = self._connector.connect(self._interrupted)
+            connection = self._connector.connect(self._interrupted, self._wanted_by)
         except ConnectRefusedError as error:
             # A function for credentials may have others the next time; whoever waits in connect() is told.
             may_change = self._config.credentials is not None and self._first.done()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tars_mqtt import ConnectError
 from tests.support import (
     Broker,
     FaultProxy,
@@ -63,6 +65,60 @@ def test_a_broker_that_is_no_use_is_passed_over(make_client, broker: Broker, dow
         client.publish_event("a", "n", 1, qos=1)
         eventually(lambda: numbers(received) == [1])
         client.shutdown()
+
+
+def test_brokers_are_tried_in_turn(make_client, make_broker: Callable[..., Broker]) -> None:
+    """The second takes over when the first dies; subscriptions and queue come along."""
+    first, second = make_broker(), make_broker()
+    received: list[bytes] = []
+    client = make_client(f"{first.url},{second.url}")
+    client.subscribe("a", received.append, 1)
+    client.connect()
+    first.kill()
+    eventually(lambda: not client.connected)
+    client.publish_event("a", "n", 1, qos=1)
+    eventually(lambda: numbers(received) == [1])
+    assert "New client connected" in second.log
+    second.kill()
+    first.start()
+    eventually(lambda: client.stats().connections == 3 and client.connected)
+    client.publish_event("a", "n", 2, qos=1)
+    eventually(lambda: numbers(received) == [1, 2])
+
+
+def test_the_error_names_every_broker_that_was_tried(make_client) -> None:
+    ports = free_port(), free_port()
+    client = make_client(",".join(f"mqtt://{HOST}:{port}" for port in ports))
+    with pytest.raises(ConnectError) as caught:
+        client.connect(timeout=0.5)
+    for port in ports:
+        assert str(port) in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
+@pytest.mark.parametrize(("setting", "timeout"), [(4, None), (60, 4)])
+def test_a_broker_that_is_silent_leaves_time_for_the_next(
+    make_client, make_broker: Callable[..., Broker], protocol: str, setting: float, timeout: float
+) -> None:
+    """Of what ``connect_timeout`` gives, or whoever waits in `connect`."""
+    silent, second = make_broker(), make_broker()
+    silent.freeze()
+    try:
+        client = make_client(f"{silent.url},{second.url}", protocol=protocol, connect_timeout=setting)
+        client.connect(timeout)
+    finally:
+        silent.thaw()
+    assert "New client connected" in second.log
+
+
+def test_the_error_names_every_broker_that_was_silent(make_client) -> None:
+    with socket.create_server((HOST, 0)) as first, socket.create_server((HOST, 0)) as second:
+        urls = [f"mqtt://{HOST}:{server.getsockname()[1]}" for server in (first, second)]
+        client = make_client(",".join(urls), connect_timeout=0.5)
+        with pytest.raises(ConnectError) as caught:
+            client.connect()
+    for url in urls:
+        assert url in str(caught.value)
 
 
 def test_what_was_under_way_goes_to_the_next_broker_as_new(make_client) -> None:

@@ -624,8 +624,8 @@ def test_a_connect_that_is_called_off_while_it_starts_ends(make_client, monkeypa
     engine = getattr(client, "unwrapped", client)._engine
     start = engine._session.start
 
-    def start_and_be_called_off():
-        first = start()
+    def start_and_be_called_off(wanted_by):
+        first = start(wanted_by)
         engine.life.call_off()
         return first
 

@@ -1,11 +1,10 @@
-"""The durable outbox, and failover: what is accepted goes out, whatever dies."""
+"""The durable outbox: what is accepted goes out, whatever dies."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ import pytest
 
 from tars_mqtt import (
     ClosedError,
-    ConnectError,
     Envelope,
     OutboxError,
     PublishRejectedError,
@@ -24,10 +22,8 @@ from tars_mqtt import (
 )
 from tars_mqtt.outbox import Outbox
 from tests.support import FaultProxy, eventually, numbers
-from tests.support.port import HOST, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tests.support import Broker
@@ -242,58 +238,3 @@ def test_a_handler_that_ends_while_the_client_is_shut_down_is_remembered(
     heir.publish("a", envelope.to_bytes(), qos=1)
     eventually(lambda: heir.stats().messages_in >= 1 and not heir.stats().pending)
     assert handled == [envelope.id]
-
-
-# -- failover ---------------------------------------------------------------------------------------
-
-
-def test_brokers_are_tried_in_turn(make_client, make_broker: Callable[..., Broker]) -> None:
-    """The second takes over when the first dies; subscriptions and queue come along."""
-    first, second = make_broker(), make_broker()
-    received: list[bytes] = []
-    client = make_client(f"{first.url},{second.url}")
-    client.subscribe("a", received.append, 1)
-    client.connect()
-    first.kill()
-    eventually(lambda: not client.connected)
-    client.publish_event("a", "n", 1, qos=1)
-    eventually(lambda: numbers(received) == [1])
-    assert "New client connected" in second.log
-    second.kill()
-    first.start()
-    eventually(lambda: client.stats().connections == 3 and client.connected)
-    client.publish_event("a", "n", 2, qos=1)
-    eventually(lambda: numbers(received) == [1, 2])
-
-
-@pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
-def test_a_broker_that_is_silent_leaves_time_for_the_next(
-    make_client, make_broker: Callable[..., Broker], protocol: str
-) -> None:
-    silent, second = make_broker(), make_broker()
-    silent.freeze()
-    try:
-        client = make_client(f"{silent.url},{second.url}", protocol=protocol, connect_timeout=4)
-        client.connect()
-    finally:
-        silent.thaw()
-    assert "New client connected" in second.log
-
-
-def test_the_error_names_every_broker_that_was_silent(make_client) -> None:
-    with socket.create_server((HOST, 0)) as first, socket.create_server((HOST, 0)) as second:
-        urls = [f"mqtt://{HOST}:{server.getsockname()[1]}" for server in (first, second)]
-        client = make_client(",".join(urls), connect_timeout=0.5)
-        with pytest.raises(ConnectError) as caught:
-            client.connect()
-    for url in urls:
-        assert url in str(caught.value)
-
-
-def test_the_error_names_every_broker_that_was_tried(make_client) -> None:
-    ports = free_port(), free_port()
-    client = make_client(",".join(f"mqtt://{HOST}:{port}" for port in ports))
-    with pytest.raises(ConnectError) as caught:
-        client.connect(timeout=0.5)
-    for port in ports:
-        assert str(port) in str(caught.value)

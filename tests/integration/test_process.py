@@ -127,6 +127,31 @@ def test_run_waits_for_a_broker_that_is_not_there_yet(colour, broker):
         assert program.wait() == 0
 
 
+CONNECT = """
+    import threading
+    from tars_mqtt import MQTTClient
+
+    client = MQTTClient(sys.argv[1], "impatient", connect_timeout=60)
+    try:
+        client.connect()
+    except KeyboardInterrupt:
+        say("interrupted", client.state.value)
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(10)
+    say("threads", threading.active_count())
+    """
+
+
+def test_ctrl_c_in_connect_leaves_nothing_behind():
+    """Nobody is there for a connection that comes later."""
+    with Program(CONNECT, f"mqtt://{HOST}:{free_port()}") as program:
+        program.wait_for("next attempt in")
+        program.signal(signal.SIGINT)
+        program.wait_for("interrupted disconnected")
+        program.wait_for("threads 1\n")
+
+
 def test_what_is_queued_when_a_signal_comes_during_an_outage_goes_out_if_the_broker_is_back_in_time(
     colour, broker
 ):

@@ -251,6 +251,44 @@ def test_shutdown_from_a_handler(make_client, broker, leak_check):
     leak_check.assert_clean()
 
 
+def test_the_time_that_a_handler_gives_to_the_shutdown_counts_under_run(broker):
+    """And not that of `run`, which ends as well."""
+    client = MQTTClient(broker.url, "me", shutdown_timeout=0.01)
+    stopping = threading.Event()
+    ended = []
+
+    class Hurry:
+        """Where `run` is quicker than the handler."""
+
+        def __init__(self, stop) -> None:
+            self.stop = stop
+
+        def put(self, item) -> None:
+            self.stop.put(item)
+            eventually(lambda: client.state is not ConnectionState.CONNECTED)
+
+    def slow(payload) -> None:
+        stopping.wait(10)
+        eventually(lambda: client.state is ConnectionState.CLOSING)
+        time.sleep(0.3)
+        ended.append(client.state)
+
+    def stop(payload) -> None:
+        client._stop = Hurry(client._stop)
+        stopping.set()
+        client.shutdown(timeout=30)
+
+    client.subscribe("slow", slow, 1)
+    client.subscribe("stop", stop, 1)
+    running = in_thread(client.run)
+    client.wait_connected(10)
+    client.publish("slow", b"", qos=1)
+    client.publish("stop", b"", qos=1)
+    running.result(10)
+    eventually(lambda: client.state is ConnectionState.CLOSED)
+    assert ended == [ConnectionState.CLOSING]
+
+
 def test_a_handler_that_shuts_down_and_fails_with_retries_left_gives_its_message_back(make_client, broker):
     """It is not acknowledged: the broker delivers it to the next session."""
     client = make_client(broker.url, "me", session_expiry=60)
