@@ -40,6 +40,8 @@ class MessageDeduplicator:
         self._ttl = ttl
         self._max_entries = max_entries
         self._clock = clock
+        self.lives = 0
+        """How often all claims were given up: those of earlier lives count no more."""
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._claimed: set[Hashable] = set()
@@ -75,6 +77,12 @@ class MessageDeduplicator:
         """The handling failed: the next one may claim it."""
         with self._lock:
             self._claimed.discard(key)
+
+    def release_all(self) -> None:
+        """Whoever has a claim will not be heard of any more, or too late."""
+        with self._lock:
+            self._claimed.clear()
+            self.lives += 1
 
     def clear(self) -> None:
         """Forget what was kept; what is claimed stays claimed."""

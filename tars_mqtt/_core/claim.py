@@ -48,8 +48,9 @@ class Claims:
             claim = self._identity, message.envelope.dedup_key(self._correlation)
         except DecodeError:
             return True  # without an envelope there is no id to know it by
+        life = self._deduplicator.lives
         if self._deduplicator.claim(claim):
-            delivery.claim = claim
+            delivery.claim = life, claim
             return True
         if logger.isEnabledFor(logging.DEBUG):
             fields = log_fields(message, self._client_id)
@@ -60,10 +61,12 @@ class Claims:
     def keep(self, delivery: Delivery) -> None:
         """The work is done: a repetition is a duplicate."""
         if delivery.claim is not None and self._deduplicator is not None:
-            self._deduplicator.keep(delivery.claim)
+            self._deduplicator.keep(delivery.claim[1])
 
     def release(self, delivery: Delivery) -> None:
         """The work failed: a repetition is to be handled."""
         if delivery.claim is not None and self._deduplicator is not None:
-            self._deduplicator.release(delivery.claim)
+            life, claim = delivery.claim
+            if life == self._deduplicator.lives:
+                self._deduplicator.release(claim)
             delivery.claim = None  # it may be another's by the time this one ends

@@ -102,7 +102,7 @@ class Engine:
             self._outbound,
             self.health,
             prepare=self._open_outbox,
-            retire=self._remove_iterators,
+            retire=self._retire,
         )
         _engines.add(self)
 
@@ -333,8 +333,10 @@ class Engine:
         if not registration.consumer.closed and not self.life.forked:
             self._session.thread.call(lambda: self._abandoned(registration, taken))
 
-    def _remove_iterators(self) -> None:
-        """Nobody would take what comes after a later `connect`."""
+    def _retire(self) -> None:
+        """A life is over. What its handlers and iterators leave unfinished comes again, and is for those of the next."""
+        if self.deduplicator is not None:
+            self.deduplicator.release_all()
         for registration in self._registry.registrations():
             if registration.consumer.handle is None:
                 self.unregister(registration)

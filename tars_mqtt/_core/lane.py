@@ -20,8 +20,8 @@ class Delivery:
     acknowledgement: Acknowledgement | None
     key: Hashable = None
     number: int = 0
-    claim: Hashable = None
-    """What deduplication knows it by, while it is in work."""
+    claim: tuple[int, Hashable] | None = None
+    """`MessageDeduplicator.lives` when its work began, and what it is known by there."""
     failures: int = 0
     error: str = ""
     """What the last failure said."""

@@ -508,6 +508,45 @@ def test_a_failed_handling_does_not_count_as_seen(make_client, broker: Broker) -
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("late", ["succeeds", "fails"])
+def test_what_outlived_a_shutdown_is_handled_again_and_leaves_that_alone(broker: Broker, late: str) -> None:
+    """A redelivery is no duplicate of what may still fail; and how the old call ends changes nothing for it."""
+    calls: list[int] = []
+    began = threading.Semaphore(0)
+    may_end = threading.Event(), threading.Event()
+
+    def handler(payload: bytes) -> None:
+        call = len(calls)
+        calls.append(call)
+        began.release()
+        assert may_end[call].wait(30)
+        if call == 0 and late == "fails":
+            raise RuntimeError("too late")
+
+    client = MQTTClient(broker.url, "me", dedupe_ttl=60, dedupe_max_entries=100, shutdown_timeout=0.2)
+    client.subscribe("a", handler, 1)
+    client.connect()
+    old = set(threading.enumerate())
+    envelope = Envelope.new("n", 1, source="s").to_bytes()
+    client.publish("a", envelope, qos=1)
+    assert began.acquire(timeout=10)
+    (worker,) = (thread for thread in set(threading.enumerate()) - old if "worker" in thread.name)
+    client.shutdown()
+    client.connect()
+    try:
+        assert began.acquire(timeout=10), "it comes again, and is handled"
+        may_end[0].set()
+        worker.join(10)
+        client.publish("a", envelope, qos=1)
+        may_end[1].set()
+        eventually(lambda: client.stats().duplicates == 1 and client.stats().pending == 0)
+        assert len(calls) == 2
+    finally:
+        for event in may_end:
+            event.set()
+        client.shutdown(10)
+
+
 def test_an_iterator_sees_an_id_once_as_well(make_client, shared_broker, unique):
     """A duplicate is counted and acknowledged; what comes behind it comes."""
     client = make_client(shared_broker.url, dedupe_ttl=60, dedupe_max_entries=100)
