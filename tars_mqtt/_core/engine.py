@@ -334,7 +334,7 @@ class Engine:
             self._session.thread.call(lambda: self._abandoned(registration, taken))
 
     def _retire(self) -> None:
-        """A life is over. What its handlers and iterators leave unfinished comes again, and is for those of the next."""
+        """A life is over: what its handlers and iterators leave unfinished is for those of the next."""
         if self.deduplicator is not None:
             self.deduplicator.release_all()
         for registration in self._registry.registrations():
