@@ -815,6 +815,24 @@ async def test_shutdown_ends_the_iteration(broker: Broker) -> None:
     assert await asyncio.wait_for(task, 5) == 0
 
 
+async def test_leaving_messages_of_pahos_face_while_too_much_waits_stops_nobody(broker: Broker) -> None:
+    """What was not taken is there for the next who iterates."""
+    async with MQTTClient(broker.url, "me", max_pending=5, **QUICK) as client:
+        await client.client.subscribe("a", 1)
+        async with client.client.messages() as messages:
+            for number in range(7):
+                await client.publish("a", b"%d" % number, qos=1)
+            # One was taken, five fill the box, and the last waits for room in it.
+            assert (await anext(messages)).payload == b"0"
+            await until(lambda: len(client.client._boxes[0]._messages) == 5 and client.stats().pending == 1)
+        async with client.client.messages() as messages, asyncio.timeout(10):
+            await client.publish("a", b"7", qos=1)
+            assert [(await anext(messages)).payload for _ in range(7)] == [
+                b"%d" % number for number in range(1, 8)
+            ]
+    assert broker.log.count("Received PUBACK from me") == 8
+
+
 async def test_shutdown_lets_a_reader_finish_what_it_has(broker: Broker) -> None:
     client = MQTTClient(broker.url, "me", **QUICK)
     await client.connect()
