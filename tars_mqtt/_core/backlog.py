@@ -1,8 +1,7 @@
-"""The outgoing messages that wait for their turn: who may come in, and within which bounds."""
+"""The outgoing messages that wait for their turn: who may come in, and in which order they leave."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -11,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tars_mqtt._core import wire
+from tars_mqtt._core.bounds import Bounds
 from tars_mqtt._core.crowd import LARGE_BYTES, Crowd
 from tars_mqtt._core.outgoing import Outgoing, left_in_outbox
 from tars_mqtt._core.throttle import Throttle
@@ -19,7 +19,6 @@ from tars_mqtt.errors import (
     NotConnectedError,
     OutboxError,
     PublishRejectedError,
-    QueueFullError,
     fresh,
 )
 
@@ -51,25 +50,16 @@ class Backlog:
     ) -> None:
         self._client_id = client_id
         self._left_out = Throttle()
-        self._max_queued = max_queued
-        self._max_queued_bytes = max_queued_bytes
         self._wake = wake
         self._idle_stream = idle_stream
         self._spool: Spool | None = None
-        self._spool_most = self._spool_most_bytes = 0
         self._retired: Spool | None = None
         # Guarded by _lock; `firm` is also taken from, at its left end, by the network thread:
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
-        self._waiting = 0  # for room
-        # Of all who were refused since nobody waited:
-        self._short = False  # whether one lacked more than a place
-        self._least: int | None = None  # size; 0 is for one who waits for other room than the rest
-        self._smaller_may_fit = False  # than the one that was refused last, and may not block
-        self._all_notified = self._all_called = True  # of what left last
+        self._memory = Bounds(self._lock, max_queued, max_queued_bytes, ("max_queued", "max_queued_bytes"))
+        self._firm_bounds = self._memory  # those of the outbox, where there is one
         self._left = threading.Condition(self._lock)
         self._flushing = 0  # who waits for what is held to leave
-        self._callbacks: deque[Callable[[], None]] = deque()
         self.firm: deque[Outgoing] = deque()
         """QoS 1 and 2."""
         self.lossy: deque[bytes] = deque()
@@ -78,15 +68,28 @@ class Backlog:
         self.crowd = Crowd(self._lock)
         self.sent_at_once = 0
         """Messages of QoS 0 that never waited here."""
-        self.held = 0
-        """Messages that are not over, those on their way included."""
-        self.held_bytes = 0
         self._limits: Connack | None = None
         """What the broker of the connection takes; None without one."""
         self._v5 = True
         self._refusal: Exception | None = None
 
     # -- any thread -------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Messages that are not over, those on their way included."""
+        memory, firm = self._memory, self._firm_bounds
+        return memory.held if firm is memory else memory.held + firm.held
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of those."""
+        memory, firm = self._memory, self._firm_bounds
+        return memory.held_bytes if firm is memory else memory.held_bytes + firm.held_bytes
+
+    def bounds(self, qos: int) -> Bounds:
+        """What a message waits for that was refused with `QueueFullError`."""
+        return self._firm_bounds if qos else self._memory
 
     @property
     def durable(self) -> bool:
@@ -100,10 +103,9 @@ class Backlog:
 
     def admit_first(self, message: Outgoing) -> None:
         """Take a message ahead of all others and beyond the bounds. Does not block."""
-        with self._room:
+        with self._lock:
             self.firm.appendleft(message)
-            self.held += 1
-            self.held_bytes += message.size
+            self._firm_bounds.take(message.size)
         self._wake()
 
     def admit(self, message: Outgoing, timeout: float | None, wait_stored: bool = True) -> None:
@@ -123,15 +125,14 @@ class Backlog:
         size = message.size
         _check_size(size)
         with self._lock:  # not the condition around it, which is slower to enter
-            spool = self._spool
-            if not self._fits(message.qos, size):
-                self._await_room(message.qos, size, timeout)
+            spool, bounds = self._spool, self._firm_bounds
+            if not bounds.fits(size):
+                bounds.wait(size, timeout, self._refuses)
             if self._refusal is not None:
                 raise fresh(self._refusal)
             if spool is None:
                 self.firm.append(message)
-            self.held += 1
-            self.held_bytes += size
+            bounds.take(size)
         if spool is not None:
             if not wait_stored:
                 spool.store_soon(message, self._stored_late, partial(self._not_stored_late, spool))
@@ -181,9 +182,10 @@ class Backlog:
                 size = len(packet)
                 # Before the room: who waited for that, and then takes none, would leave the next one waiting.
                 objection = limits.objection(0, retain, size)
-                if objection is not None or self._fits(0, size):
+                if objection is not None or self._memory.fits(size):
                     break
-                self._await_room(0, size, timeout)  # and look again: the connection may be another one
+                # And look again: the connection may be another one.
+                self._memory.wait(size, timeout, self._refuses_lossy)
             if objection is None:
                 if not self.lossy and at_once and size <= LARGE_BYTES:
                     # Under the lock it is the connection of these limits.
@@ -191,8 +193,7 @@ class Backlog:
                 if stream is None:
                     self.lossy.append(packet)
                     self._lossy_bytes += size
-                    self.held += 1
-                    self.held_bytes += size
+                    self._memory.take(size)
                     if size > LARGE_BYTES:
                         self.crowd.grew(self._lossy_bytes)
         if objection is not None:
@@ -213,6 +214,12 @@ class Backlog:
         else:
             self.admit_lossy(topic, payload, retain, timeout, properties, at_once=False)
 
+    def _refuses(self) -> bool:
+        return self._refusal is not None
+
+    def _refuses_lossy(self) -> bool:
+        return self._refusal is not None or self._limits is None
+
     def say_left_out(self) -> None:
         """Warn that a message goes without its properties, for the connection speaks MQTT 3.1.1."""
         if count := self._left_out.admit():
@@ -229,7 +236,7 @@ class Backlog:
 
     def _stored(self, message: Outgoing) -> None:
         """A message is on disk: queue it, unless others that are only there come first."""
-        with self._room:
+        with self._lock:
             spool = self._spool
             if spool is not None and spool.stays_in_memory(message, len(self.firm)):
                 self.firm.append(message)
@@ -251,125 +258,39 @@ class Backlog:
         with self._lock:
             if self._spool is not spool:
                 return False
-            told = self._make_room(1, size)
-        if self._callbacks:
-            self._call_back(told)
+            bounds, told = self._firm_bounds, self._give(self._firm_bounds, 1, size)
+        bounds.call_back(told)
         return True
 
     def _not_stored_late(self, spool: Spool, message: Outgoing, error: OutboxError) -> None:
         message.receipt._fail(self._not_stored(spool, message.size, error))
 
-    def _fits(self, qos: int, size: int) -> bool:
-        """Whether there is room for a message. Holds the lock."""
-        if self._spool is None:
-            return self.held < self._max_queued and self.held_bytes + size <= self._max_queued_bytes
-        if qos:
-            return self.held < self._spool_most and self.held_bytes + size <= self._spool_most_bytes
-        # The backlog on disk is no reason to refuse what takes up memory for a moment.
-        return len(self.lossy) < self._max_queued and self._lossy_bytes + size <= self._max_queued_bytes
-
-    def _bounds(self) -> tuple[int, int]:
-        """Of the number of messages, and of their bytes."""
-        if self._spool is None:
-            return self._max_queued, self._max_queued_bytes
-        return self._spool_most, self._spool_most_bytes
-
-    def _refused(self, qos: int, size: int) -> bool:
-        """Keep in mind what did not fit in; whether a smaller one might that waits for its call. Holds the lock."""
-        if self._spool is not None and not qos:
-            size = 0  # who waits for memory and who waits for the disk stand in the same line
-        self._least = size if self._least is None else min(self._least, size)
-        self._short = self._short or not size or self.held_bytes + size > self._bounds()[1]
-        return self._short and self._places() > 0
-
-    def _places(self) -> int:
-        """How many of the smallest that wait have room. Holds the lock."""
-        most, most_bytes = self._bounds()
-        return max(0, min(most - self.held, (most_bytes - self.held_bytes) // (self._least or 1)))
-
-    def _await_room(self, qos: int, size: int, timeout: float | None) -> None:
-        """Holds the lock, and gives it away while it waits."""
-
-        def room_or_refused() -> bool:
-            if self._fits(qos, size) or self._refusal is not None or (not qos and self._limits is None):
-                return True
-            smaller_may_fit = self._refused(qos, size)
-            if timeout == 0:
-                self._smaller_may_fit = self._smaller_may_fit or smaller_may_fit
-            elif smaller_may_fit and not self._all_notified:
-                self._all_notified = True
-                self._room.notify_all()
-            return False
-
-        if size > (self._spool_most_bytes if self._spool and qos else self._max_queued_bytes):
-            raise QueueFullError(
-                f"the message of {size:,} bytes is larger than all that may be held: "
-                "raise max_queued_bytes, or outbox_max_bytes where there is an outbox",
-                retriable=False,
-            )
-        self._waiting += 1
-        try:
-            if not self._room.wait_for(room_or_refused, timeout):
-                raise QueueFullError(
-                    f"{self.held:,} outgoing messages with {self.held_bytes:,} bytes are held already: "
-                    "publish slower, or raise max_queued or max_queued_bytes (outbox_max_messages or "
-                    "outbox_max_bytes where there is an outbox)"
-                )
-        finally:
-            self._waiting -= 1
-
-    def when_room(self, callback: Callable[[], None]) -> None:
-        """Have *callback* called once, when it is worth trying again; for whoever may not block."""
-        self.pass_on()
-        with self._room:
-            self._callbacks.append(callback)
-
-    def pass_on(self) -> None:
-        """Somebody was refused, who may have been called: where a smaller one may fit in, all have a try."""
-        with self._lock:
-            tell = self._smaller_may_fit and not self._all_called
-            self._smaller_may_fit = False
-            self._all_called = self._all_called or tell
-        if tell:
-            self._call_back(len(self._callbacks))
-
-    def never_mind(self, callback: Callable[[], None]) -> None:
-        """Undo `when_room`; where the call has come already, it goes to the next in line."""
-        try:
-            self._callbacks.remove(callback)
-        except ValueError:
-            self._call_back(1)
-
-    def _call_back(self, most: int) -> None:
-        """One callback for each message that left, unless sizes matter: no stampede for the same place."""
-        with contextlib.suppress(IndexError):  # another thread may take the last one
-            for _ in range(most):
-                self._callbacks.popleft()()
-
     def attach(self, spool: Spool, most: int, most_bytes: int) -> None:
         """Keep messages of QoS 1 and 2 in a durable outbox from now on, and send what lies there."""
-        with self._room:
+        bounds = Bounds(self._lock, most, most_bytes, ("outbox_max_messages", "outbox_max_bytes"))
+        bounds.held, bounds.held_bytes = spool.on_disk_only, spool.bytes_found
+        with self._lock:
             self._spool = spool
-            self._spool_most = most
-            self._spool_most_bytes = most_bytes
-            self.held += spool.on_disk_only
-            self.held_bytes += spool.bytes_found
+            self._firm_bounds = bounds
 
     def open(self) -> None:
         """Admit messages from now on."""
-        with self._room:
+        with self._lock:
             self._refusal = None
 
     def refuse(self, reason: Exception) -> None:
         """Admit nothing more."""
-        with self._room:
+        with self._lock:
             self._refusal = reason
-            self._room.notify_all()
-        self._call_back(len(self._callbacks))
+            every = {self._memory, self._firm_bounds}
+            for bounds in every:
+                bounds.notify_all()
+        for bounds in every:
+            bounds.call_back()
 
     def wait_flushed(self, timeout: float) -> bool:
         """Wait until the broker has every message of QoS 1 and 2, and the network every other."""
-        with self._room:
+        with self._lock:
             self._flushing += 1
             try:
                 return self._left.wait_for(lambda: not self.held, timeout)
@@ -386,7 +307,7 @@ class Backlog:
             limits: What the broker takes.
             v5: Whether the connection speaks MQTT 5.
         """
-        with self._room:
+        with self._lock:
             self.firm.extendleft(reversed(tuple(interrupted)))
             if not resumed:
                 # The broker forgot: nothing of it is a repetition, and no release is awaited. Not only what
@@ -398,17 +319,15 @@ class Backlog:
 
     def disconnected(self) -> int:
         """The connection is gone, and with it all of QoS 0; returns how many there were."""
-        with self._room:
+        with self._lock:
             self._limits = None
             lost = len(self.lossy)
-            self.held -= lost
-            self.held_bytes -= self._lossy_bytes
+            self._give(self._memory, lost, self._lossy_bytes)
             self._lossy_bytes = 0
             self.crowd.shrank(0)
             self.lossy.clear()
-            self._room.notify_all()
-            self._left.notify_all()
-        self._call_back(len(self._callbacks))
+            self._memory.notify_all()
+        self._memory.call_back()
         self.crowd.tell()
         return lost
 
@@ -419,12 +338,12 @@ class Backlog:
     def load_more(self) -> None:
         """Have more read of what is on disk, if memory runs low of it."""
         if self._spool is not None and self._spool.wants_more(len(self.firm)):
-            with self._room:
+            with self._lock:
                 self._spool.load(partial(self._loaded, self._spool))
 
     def _loaded(self, spool: Spool, messages: list[Outgoing]) -> None:
         """More of what is on disk. Timer thread."""
-        with self._room:
+        with self._lock:
             ours = self._spool is spool
             if ours:
                 self.firm.extend(messages)
@@ -439,7 +358,7 @@ class Backlog:
         """A message of QoS 1 or 2 needs nothing more."""
         if self._spool is not None:
             self._spool.discard(message)
-        self._free(1, message.size)
+        self._free(self._firm_bounds, 1, message.size)
 
     def take_lossy(self, most: int) -> tuple[list[bytes], int]:
         """Remove packets of QoS 0, about *most* bytes of them; returns them and how many bytes they are."""
@@ -455,32 +374,18 @@ class Backlog:
                     size += len(packets[-1])
             self._lossy_bytes -= size
             self.crowd.shrank(self._lossy_bytes)
-        self._free(len(packets), size)
+        self._free(self._memory, len(packets), size)
         self.crowd.tell()
         return packets, size
 
-    def _free(self, count: int, size: int) -> None:
+    def _free(self, bounds: Bounds, count: int, size: int) -> None:
         with self._lock:
-            told = self._make_room(count, size)
-        if self._callbacks:
-            self._call_back(told)
+            told = self._give(bounds, count, size)
+        bounds.call_back(told)
 
-    def _make_room(self, count: int, size: int) -> int:
-        """Returns how many of those who may not block are to be called. Holds the lock."""
-        before = self._places() if self._short else 0
-        self.held -= count
-        self.held_bytes -= size
-        told = count  # each place for one, while no one lacks bytes
-        if self._waiting or self._callbacks:
-            if self._short:
-                line = max(self._waiting, len(self._callbacks))
-                told = max(count, self._places() - before) if self._least else line
-            self._all_notified = told >= self._waiting
-            self._all_called = told >= len(self._callbacks)
-            self._room.notify(told)
-        else:
-            self._short = False
-            self._least = None
+    def _give(self, bounds: Bounds, count: int, size: int) -> int:
+        """See `Bounds.give`. Holds the lock."""
+        told = bounds.give(count, size)
         if self._flushing and not self.held:
             self._left.notify_all()
         return told
@@ -494,15 +399,17 @@ class Backlog:
         """
         if self._spool is not None:
             self._spool.flush()
-        with self._room:
+        with self._lock:
             held = (*in_flight, *self.firm)
             lossy = len(self.lossy)
             spool, self._spool = self._spool, None
             self.firm.clear()
             self.lossy.clear()
-            self.held = self.held_bytes = self._lossy_bytes = 0
+            self._firm_bounds.clear()
+            self._firm_bounds = self._memory
+            self._memory.clear()
+            self._lossy_bytes = 0
             self.crowd.shrank(0)
-            self._room.notify_all()
             self._left.notify_all()
         self.crowd.tell()
         # What was taken back is done already.

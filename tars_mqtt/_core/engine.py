@@ -137,12 +137,12 @@ class Engine:
             self.counters.add("dead_letters")
 
     def when_room(self, callback: Callable[[], None]) -> None:
-        """Have *callback* called once, when a refused message is worth another try."""
-        self.backlog.when_room(callback)
+        """Have *callback* called once, when a message of QoS 1 that was refused is worth another try."""
+        self.backlog.bounds(1).when_room(callback)
 
     def never_mind(self, callback: Callable[[], None]) -> None:
         """Undo `when_room`."""
-        self.backlog.never_mind(callback)
+        self.backlog.bounds(1).never_mind(callback)
 
     def submit_event(
         self,

@@ -319,7 +319,7 @@ class MQTTClient:
         try:
             receipt = self._engine.submit_event(*event)
         except QueueFullError as error:
-            receipt = await self._room.submit(partial(self._engine.submit_event, *event), error, limit)
+            receipt = await self._room.submit(partial(self._engine.submit_event, *event), qos, error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         elif self._backlog.crowd.there:
@@ -371,7 +371,7 @@ class MQTTClient:
         try:
             receipt = self._engine.submit(*message)
         except QueueFullError as error:
-            receipt = await self._room.submit(partial(self._engine.submit, *message), error, limit)
+            receipt = await self._room.submit(partial(self._engine.submit, *message), qos, error, limit)
         if qos:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
         elif self._backlog.crowd.there:
@@ -385,7 +385,7 @@ class MQTTClient:
         try:
             receipt = publish()
         except QueueFullError as full:
-            receipt = await self._room.submit(publish, full, limit)
+            receipt = await self._room.submit(publish, 1, full, limit)
         if receipt is not None:
             await PublishReceipt(receipt, self._bridge).result(_rest(limit, started, loop))
 

@@ -23,10 +23,13 @@ class Room:
         self._backlog = backlog
         self._bridge = bridge
 
-    async def submit(self, submit: Callable[[], T], error: QueueFullError, limit: float | None) -> T:
+    async def submit(
+        self, submit: Callable[[], T], qos: int, error: QueueFullError, limit: float | None
+    ) -> T:
         """Submit what was refused with *error* again, waiting for room as long as *limit* allows."""
         if limit == 0 or not error.retriable:
             raise error
+        bounds = self._backlog.bounds(qos)
         loop = asyncio.get_running_loop()
         deadline = None if limit is None else loop.time() + limit
         while True:
@@ -34,12 +37,12 @@ class Room:
             tell = partial(self._bridge.post, partial(resolve, room))
             timer = None if deadline is None else loop.call_at(deadline, resolve, room)
             in_time = False
-            self._backlog.when_room(tell)
+            bounds.when_room(tell)
             try:
                 # Room may have come free between the refusal and the registration.
                 return submit()
             except QueueFullError:
-                self._backlog.pass_on()
+                bounds.pass_on()
                 await room
                 in_time = deadline is None or loop.time() < deadline
             finally:
@@ -47,7 +50,7 @@ class Room:
                     timer.cancel()
                 if not in_time:
                     # Others wait for the same call.
-                    self._backlog.never_mind(tell)
+                    bounds.never_mind(tell)
             if not in_time:
                 return submit()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,9 @@ def in_thread(
             outcomes.append(error)
 
     thread = threading.Thread(target=submit, daemon=True)
-    before = harness.backlog._waiting
+    before = harness.backlog.bounds(qos)._waiting
     thread.start()
-    eventually(lambda: harness.backlog._waiting == before + 1)
+    eventually(lambda: harness.backlog.bounds(qos)._waiting == before + 1)
     return thread
 
 
@@ -264,7 +265,7 @@ def test_whoever_may_not_block_is_called_when_there_is_room() -> None:
     harness.pump()
     called: list[str] = []
     for name in "abc":
-        harness.backlog.when_room(lambda name=name: called.append(name))
+        harness.backlog.bounds(1).when_room(lambda name=name: called.append(name))
     harness.acknowledge(messages[0])
     assert called == ["a"], "one for each message that left"
     harness.acknowledge(messages[1])
@@ -281,7 +282,7 @@ def test_a_lost_connection_calls_all_who_wait_for_room() -> None:
     harness.connect()
     called: list[int] = []
     for number in range(3):
-        harness.backlog.when_room(lambda number=number: called.append(number))
+        harness.backlog.bounds(1).when_room(lambda number=number: called.append(number))
     harness.disconnect()
     assert called == [0, 1, 2]
 
@@ -294,9 +295,9 @@ def test_who_no_longer_wants_room_leaves_his_turn_to_the_next() -> None:
     harness.pump()
     called: list[str] = []
     impatient, patient = (lambda: called.append("impatient")), (lambda: called.append("patient"))
-    harness.backlog.when_room(impatient)
-    harness.backlog.when_room(patient)
-    harness.backlog.never_mind(impatient)
+    harness.backlog.bounds(1).when_room(impatient)
+    harness.backlog.bounds(1).when_room(patient)
+    harness.backlog.bounds(1).never_mind(impatient)
     harness.acknowledge(message)
     assert called == ["patient"]
 
@@ -308,11 +309,11 @@ def test_who_gave_up_after_he_was_called_hands_the_call_on() -> None:
     harness.pump()
     called: list[str] = []
     impatient, patient = (lambda: called.append("impatient")), (lambda: called.append("patient"))
-    harness.backlog.when_room(impatient)
-    harness.backlog.when_room(patient)
+    harness.backlog.bounds(1).when_room(impatient)
+    harness.backlog.bounds(1).when_room(patient)
     harness.acknowledge(message)
     assert called == ["impatient"]
-    harness.backlog.never_mind(impatient)
+    harness.backlog.bounds(1).never_mind(impatient)
     assert called == ["impatient", "patient"]
 
 
@@ -327,12 +328,12 @@ def test_a_large_one_that_waits_does_not_use_up_the_room_that_a_small_one_fits_i
     large = in_thread(outcomes, harness, None, payload=b"x" * 799)
     small = in_thread(outcomes, harness, None, payload=b"small")
     with harness.backlog._lock:  # meanwhile a larger one takes the room: now the large one lacks bytes
-        harness.backlog.held_bytes += 200
+        harness.backlog.bounds(1).held_bytes += 200
     harness.acknowledge(first)
     small.join(10)
     assert [outcome.payload for outcome in outcomes] == [b"small"]  # type: ignore[attr-defined]
     with harness.backlog._lock:
-        harness.backlog.held_bytes -= 200
+        harness.backlog.bounds(1).held_bytes -= 200
     harness.acknowledge(second)
     large.join(10)
     assert len(outcomes) == 2
@@ -348,7 +349,7 @@ def test_where_bytes_are_short_all_who_may_not_block_are_called() -> None:
     for number in range(3):
         with pytest.raises(QueueFullError):
             harness.submit(b"x" * 99)
-        harness.backlog.when_room(lambda number=number: called.append(number))
+        harness.backlog.bounds(1).when_room(lambda number=number: called.append(number))
     assert called == []
     harness.acknowledge(message)
     assert called == [0, 1, 2]
@@ -363,14 +364,14 @@ def test_who_is_called_and_is_too_large_passes_the_call_on_to_all_others_and_onc
     for name in "abc":
         with pytest.raises(QueueFullError):
             harness.submit(b"x" * 99)
-        harness.backlog.when_room(lambda name=name: called.append(name))
+        harness.backlog.bounds(1).when_room(lambda name=name: called.append(name))
     harness.acknowledge(messages[0])
     assert called == ["a"], "a place was all that they lacked"
     for _ in range(2):
         with pytest.raises(QueueFullError):
             harness.submit(b"x" * 700)
-        harness.backlog.when_room(lambda: called.append("a"))
-        harness.backlog.pass_on()
+        harness.backlog.bounds(1).when_room(lambda: called.append("a"))
+        harness.backlog.bounds(1).pass_on()
     assert called == ["a", "b", "c"]
 
 
@@ -381,8 +382,8 @@ def test_with_a_full_count_a_place_wakes_one_and_no_more() -> None:
     message = harness.submit()
     harness.pump()
     notified: list[int] = []
-    harness.backlog._room.notify = notified.append  # type: ignore[method-assign, assignment]
-    harness.backlog._waiting = 5
+    harness.backlog.bounds(1)._left.notify = notified.append  # type: ignore[method-assign, assignment]
+    harness.backlog.bounds(1)._waiting = 5
     with pytest.raises(QueueFullError):
         harness.submit(b"x" * 1000)
     harness.acknowledge(message)
@@ -390,6 +391,32 @@ def test_with_a_full_count_a_place_wakes_one_and_no_more() -> None:
 
 
 # -- with an outbox ---------------------------------------------------------------------------
+
+
+def test_who_waits_for_memory_and_who_waits_for_the_disk_stand_in_lines_of_their_own(tmp_path: Path) -> None:
+    """A place in the file is no use to a message of QoS 0, which would leave the next one waiting."""
+    harness = Harness(max_queued=1)
+    harness.connect()
+    harness.backlog.attach(Spool(Outbox(tmp_path / "outbox.db"), lambda *_: None, 0.0), 1, 1000)
+    stored = harness.submit()
+    harness.submit(b"lossy", qos=0)
+    outcomes: list[object] = []
+    lossy = in_thread(outcomes, harness, None, qos=0)
+    firm = in_thread(outcomes, harness, None, qos=1)
+    called: list[int] = []
+    for qos in (0, 1):
+        harness.backlog.bounds(qos).when_room(partial(called.append, qos))
+    assert harness.held() == (2, stored.size + len(harness.backlog.lossy[0]))
+    harness.backlog.over(stored)
+    firm.join(10)
+    assert len(outcomes) == 1
+    assert called == [1]
+    harness.pump()
+    lossy.join(10)
+    assert len(outcomes) == 2
+    assert called == [1, 0]
+    harness.outbound.abandon()
+    harness.backlog.close_outbox()
 
 
 class SpoolOfTheLastMoment:
