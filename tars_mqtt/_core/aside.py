@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
-from tars_mqtt._core.dial import Interrupted
+from tars_mqtt._core.limit import Limit
 from tars_mqtt._core.transport import Transport
 
 T = TypeVar("T")
@@ -34,16 +34,13 @@ class Aside:
         self._start = start or on_a_thread
         self._unfinished: dict[str, Future[Any]] = {}
 
-    def call(
-        self, role: str, function: Callable[[], T], deadline: float, interrupted: Callable[[], bool]
-    ) -> T:
+    def call(self, role: str, function: Callable[[], T], limit: Limit) -> T:
         """Return what *function* returns.
 
         Args:
             role: Says what the call is for; part of the thread's name.
             function: What to call.
-            deadline: On the monotonic clock.
-            interrupted: Asked whenever the network thread is woken; True ends the wait.
+            limit: Asked whether it is called off whenever the network thread is woken.
 
         Raises:
             CallFailedError: It raised, or did not return in time.
@@ -62,11 +59,9 @@ class Aside:
                 self._transport.acknowledge_wake()
                 if outcome.done():
                     return _result(outcome)
-                if interrupted():
-                    raise Interrupted
-                remaining = deadline - time.monotonic()
+                remaining = limit.left()
                 if remaining <= 0:
-                    raise CallFailedError(f"did not return within {deadline - started:.3g} s")
+                    raise CallFailedError(f"did not return within {limit.deadline - started:.3g} s")
                 self._transport.sleep(remaining)
         finally:
             if not outcome.cancel() and not outcome.done():

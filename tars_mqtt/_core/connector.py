@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Aside, Start
-from tars_mqtt._core.dial import Interrupted, LastingError, dial
+from tars_mqtt._core.dial import LastingError, dial
 from tars_mqtt._core.event import Connack, ConnectRequest, Event, Goodbye, Will
+from tars_mqtt._core.limit import Limit
 from tars_mqtt._core.secret import Login, Secrets
 from tars_mqtt._core.stream import ConnectionLostError, TLSAlertError
 from tars_mqtt._core.transport import Transport
@@ -87,11 +88,11 @@ class Connector:
         """The broker that is asked first."""
         return self._urls[0]
 
-    def connect(self, interrupted: Callable[[], bool], wanted_by: float = math.inf) -> Connection:
+    def connect(self, called_off: Callable[[], bool], wanted_by: float = math.inf) -> Connection:
         """Get one connection, from the first broker that gives one; they share ``connect_timeout`` evenly.
 
         Args:
-            interrupted: Asked again and again; when it is true, there is to be no connection any more.
+            called_off: Asked again and again; when it is true, there is to be no connection any more.
             wanted_by: When somebody gives up who waits for it, on the monotonic clock: each broker is to have
                 its turn before.
 
@@ -103,11 +104,10 @@ class Connector:
         failures: list[ConnectError | ConfigError] = []
         until = time.monotonic() + self._config.connect_timeout
         for left in range(len(self._urls), 0, -1):
-            now = time.monotonic()
-            # What one broker does not need is the others': a silent one must leave them time.
-            end = min(until, wanted_by) if left > 1 and wanted_by > now else until
+            # A silent broker must leave the others time.
+            end = min(until, wanted_by) if left > 1 and wanted_by > time.monotonic() else until
             try:
-                return self._try(self.url, now + (end - now) / left, interrupted)
+                return self._try(self.url, Limit(end, called_off).share(left))
             except (ConnectError, ConfigError) as error:
                 failures.append(error)
                 self._transport.drop()
@@ -119,16 +119,16 @@ class Connector:
         text = "; ".join(map(str, failures))
         raise ConnectError(text) if curable(first) else LastingError(text)
 
-    def _try(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Connection:
+    def _try(self, url: BrokerURL, limit: Limit) -> Connection:
         # What the user's functions take must leave time for the broker.
-        ask_until = (time.monotonic() + deadline) / 2
-        login = self._secrets.login(url, ask_until, interrupted)
-        headers = self._secrets.headers(url, ask_until, interrupted)
+        to_ask = limit.share(2)
+        login = self._secrets.login(url, to_ask)
+        headers = self._secrets.headers(url, to_ask)
         versions = self._versions(url)
         for number, version in enumerate(versions, start=1):
             last = number == len(versions)
             try:
-                connection = self._handshake(url, version, login, headers, deadline, last, interrupted)
+                connection = self._handshake(url, version, login, headers, limit, last)
             except VersionRefusedError as error:
                 self._transport.drop()
                 self._spoken.pop(url, None)
@@ -159,9 +159,8 @@ class Connector:
         version: int,
         login: Login,
         headers: Mapping[str, str],
-        deadline: float,
+        limit: Limit,
         last: bool,
-        interrupted: Callable[[], bool],
     ) -> Connection:
         config = self._config
         username, password = login
@@ -176,17 +175,11 @@ class Connector:
             receive_maximum=min(config.max_pending, 65_535),
             packet_limit=wire.packet_limit(config.max_payload_bytes),
             will=self._will(),
-            deadline=deadline,
-            dial=lambda: self._dial(url, deadline, interrupted),
-            headers=headers,
-            secure=(lambda sock: _secure(sock, url, config, deadline, interrupted)) if url.tls else None,
         )
         try:
-            self._transport.open(request, interrupted)
-            now = time.monotonic()
+            self._transport.open(self._reach(url, headers, limit), request)
             # A broker that does not answer MQTT 5 must leave time for the other version.
-            answer_by = deadline if last else now + (deadline - now) / 2
-            connack, events = self._await_connack(answer_by, interrupted)
+            connack, events = self._await_connack(limit if last else limit.share(2))
         except TLSAlertError as error:
             from tars_mqtt._core.tls import failure_of
 
@@ -201,19 +194,29 @@ class Connector:
         _check(connack, url)
         return Connection(url=url, version=version, connack=connack, events=events)
 
-    def _dial(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
+    def _reach(self, url: BrokerURL, headers: Mapping[str, str], limit: Limit) -> Any:
+        """A socket, or what can stand in for one, on which the broker expects CONNECT."""
+        sock: Any
         if self._proxy is None or url.transport == "unix":
-            return dial(url, deadline, interrupted)
-        from tars_mqtt._core.proxy import dial_through
+            sock = dial(url, limit)
+        else:
+            from tars_mqtt._core.proxy import dial_through
 
-        return dial_through(self._proxy, url, deadline, interrupted)
+            sock = dial_through(self._proxy, url, limit)
+        if url.tls:
+            from tars_mqtt._core.tls import secure
 
-    def _await_connack(self, deadline: float, interrupted: Callable[[], bool]) -> tuple[Connack, list[Event]]:
+            sock = secure(sock, url, self._config, limit)
+        if url.transport == "websockets":
+            from tars_mqtt._core.websocket import upgrade
+
+            sock = upgrade(sock, url, headers, limit)
+        return sock
+
+    def _await_connack(self, limit: Limit) -> tuple[Connack, list[Event]]:
         while True:
             self._transport.acknowledge_wake()
-            if interrupted():
-                raise Interrupted
-            remaining = deadline - time.monotonic()
+            remaining = limit.left()
             if remaining <= 0:
                 raise NoConnackError("the broker did not answer CONNECT in time")
             match self._transport.poll(remaining, more=False):
@@ -237,18 +240,6 @@ def _check(connack: Connack, url: BrokerURL) -> None:
             code=connack.code,
             retriable=retriable,
         )
-
-
-def _secure(
-    sock: socket.socket,
-    url: BrokerURL,
-    config: MQTTClientConfig,
-    deadline: float,
-    interrupted: Callable[[], bool],
-) -> socket.socket:
-    from tars_mqtt._core.tls import secure
-
-    return secure(sock, url, config, deadline, interrupted)
 
 
 def _import_needed(config: MQTTClientConfig) -> None:

@@ -6,10 +6,9 @@ import errno
 import os
 import selectors
 import socket
-import time
-from collections.abc import Callable
 from typing import Any
 
+from tars_mqtt._core.limit import Limit
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
@@ -17,15 +16,11 @@ _PATIENCE = 0.05
 """Seconds between two looks at whether the attempt was called off."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: somebody wants the network thread to leave
-    """The attempt was called off."""
-
-
 class LastingError(ConnectError):
     """Trying again will not cure it: somebody must mend a file, a setting or the broker first."""
 
 
-def dial(url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
+def dial(url: BrokerURL, limit: Limit) -> socket.socket:
     """Return a connected, non-blocking socket.
 
     Every address of the host is tried in turn. Name resolution has no time-out of its own, which
@@ -33,8 +28,7 @@ def dial(url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> so
 
     Args:
         url: Where to.
-        deadline: On the monotonic clock; shared evenly among the addresses left to try.
-        interrupted: Asked often; True ends the attempt.
+        limit: Shared evenly among the addresses left to try.
 
     Raises:
         ConnectError: Nobody answered; says who was asked and why not.
@@ -43,10 +37,8 @@ def dial(url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> so
     candidates = [(int(socket.AF_UNIX), url.path)] if url.transport == "unix" else _resolve(url)
     failures: list[tuple[str, str]] = []
     for number, (family, address) in enumerate(candidates):
-        now = time.monotonic()
-        share = (deadline - now) / (len(candidates) - number)
         try:
-            return _connect(family, address, now + share, interrupted)
+            return _connect(family, address, limit.share(len(candidates) - number))
         except OSError as error:
             failures.append((_name(address), reason_of(error)))
     reasons = [reason if len(failures) == 1 else f"{name}: {reason}" for name, reason in failures]
@@ -61,7 +53,7 @@ def _resolve(url: BrokerURL) -> list[tuple[int, Any]]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-def _connect(family: int, address: Any, deadline: float, interrupted: Callable[[], bool]) -> socket.socket:
+def _connect(family: int, address: Any, limit: Limit) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -69,7 +61,7 @@ def _connect(family: int, address: Any, deadline: float, interrupted: Callable[[
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = sock.connect_ex(address)
         if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-            await_ready(sock, selectors.EVENT_WRITE, deadline, interrupted)
+            await_ready(sock, selectors.EVENT_WRITE, limit)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
@@ -79,20 +71,18 @@ def _connect(family: int, address: Any, deadline: float, interrupted: Callable[[
     return sock
 
 
-def await_ready(sock: socket.socket, event: int, deadline: float, interrupted: Callable[[], bool]) -> None:
+def await_ready(sock: socket.socket, event: int, limit: Limit) -> None:
     """Wait until *sock* is ready for *event*.
 
     Raises:
-        TimeoutError: The deadline came first.
+        TimeoutError: The time is up.
         Interrupted: The attempt was called off.
     """
     # DefaultSelector, not select(): a descriptor above 1023 breaks the latter.
     with selectors.DefaultSelector() as selector:
         selector.register(sock, event)
         while True:
-            if interrupted():
-                raise Interrupted
-            remaining = deadline - time.monotonic()
+            remaining = limit.left()
             if remaining <= 0:
                 raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
             if selector.select(min(remaining, _PATIENCE)):

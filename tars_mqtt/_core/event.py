@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import attrs
@@ -29,7 +27,7 @@ class Will(NamedTuple):
 
 @attrs.frozen(kw_only=True)
 class ConnectRequest:
-    """All that one connection attempt needs. Version is 5 or 4, the latter being MQTT 3.1.1."""
+    """What CONNECT says. Version is 5 or 4, the latter being MQTT 3.1.1."""
 
     url: BrokerURL
     version: int
@@ -41,13 +39,6 @@ class ConnectRequest:
     receive_maximum: int
     packet_limit: int
     will: Will | None
-    deadline: float
-    dial: Callable[[], socket.socket]
-    """Connects a socket with the broker, or with a proxy that passes on to it."""
-    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
-    """Of a websocket's handshake, beside those of the standard."""
-    secure: Callable[[socket.socket], socket.socket] | None = None
-    """Does the TLS handshake on a connected socket; None where there is none to do."""
 
 
 @attrs.frozen(kw_only=True)

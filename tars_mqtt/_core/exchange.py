@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import selectors
 import socket
-from collections.abc import Callable
 
 from tars_mqtt._core.dial import await_ready
+from tars_mqtt._core.limit import Limit
 
 _MOST_HEAD_BYTES = 16_384
 """Of an HTTP answer."""
@@ -17,10 +17,9 @@ _NOT_READY = (BlockingIOError, InterruptedError)
 class Exchange:
     """Talks on a connected, non-blocking socket. Its methods raise `OSError`, and `Interrupted`."""
 
-    def __init__(self, sock: socket.socket, deadline: float, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, sock: socket.socket, limit: Limit) -> None:
         self._socket = sock
-        self._deadline = deadline
-        self._interrupted = interrupted
+        self._limit = limit
 
     def send(self, data: bytes) -> None:
         """Send all of *data*."""
@@ -29,7 +28,7 @@ class Exchange:
             try:
                 rest = rest[self._socket.send(rest) :]
             except _NOT_READY:
-                await_ready(self._socket, selectors.EVENT_WRITE, self._deadline, self._interrupted)
+                await_ready(self._socket, selectors.EVENT_WRITE, self._limit)
 
     def receive(self, count: int) -> bytes:
         """Exactly *count* bytes."""
@@ -54,7 +53,7 @@ class Exchange:
             try:
                 received = self._socket.recv(most)
             except _NOT_READY:
-                await_ready(self._socket, selectors.EVENT_READ, self._deadline, self._interrupted)
+                await_ready(self._socket, selectors.EVENT_READ, self._limit)
                 continue
             if not received:
                 where = " in the middle of its answer" if before else ""

@@ -325,8 +325,9 @@ class Life:
             over()
 
         try:
-            # No daemon: a process that has nothing else to do any more is to end in good order.
-            threading.Thread(target=run, name=f"tars-mqtt/{self._config.client_id}/shutdown").start()
+            name = f"tars-mqtt/{self._config.client_id}/shutdown"
+            # No daemon, as the handler's thread is: a process that is at its end waits for an end in good order.
+            threading.Thread(target=run, name=name, daemon=False).start()
         except BaseException:
             self._shutting_down.release()
             raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import ipaddress
 import socket
-from collections.abc import Callable
 
 from tars_mqtt._core.dial import LastingError, dial, reason_of
 from tars_mqtt._core.exchange import Exchange
+from tars_mqtt._core.limit import Limit
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
 
@@ -35,18 +35,16 @@ class _RefusedError(Exception):
     """The proxy has no connection for us."""
 
 
-def dial_through(
-    proxy: BrokerURL, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]
-) -> socket.socket:
+def dial_through(proxy: BrokerURL, url: BrokerURL, limit: Limit) -> socket.socket:
     """Return a non-blocking socket that the proxy has connected with the broker, whose name it resolves.
 
     Raises:
         ConnectError: The proxy does not answer, or has no connection for us; says why.
         Interrupted: The attempt was called off.
     """
-    sock = dial(proxy, deadline, interrupted)
+    sock = dial(proxy, limit)
     try:
-        exchange = Exchange(sock, deadline, interrupted)
+        exchange = Exchange(sock, limit)
         (_socks if proxy.scheme == "socks5" else _http)(exchange, proxy, url)
     except BaseException as error:
         sock.close()

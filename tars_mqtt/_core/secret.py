@@ -7,6 +7,7 @@ from typing import Any
 
 from tars_mqtt import rule
 from tars_mqtt._core.aside import Aside, CallFailedError
+from tars_mqtt._core.limit import Limit
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ConnectError
 from tars_mqtt.url import BrokerURL
@@ -25,7 +26,7 @@ class Secrets:
         self._config = config
         self._aside = aside
 
-    def login(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Login:
+    def login(self, url: BrokerURL, limit: Limit) -> Login:
         """User name and password.
 
         Raises:
@@ -36,10 +37,10 @@ class Secrets:
         ask = self._config.credentials
         if ask is None:
             return self._config.user_and_password(url)
-        answer: Login = self._ask("credentials", ask, _wrong_login, url, deadline, interrupted)
+        answer: Login = self._ask("credentials", ask, _wrong_login, url, limit)
         return answer
 
-    def headers(self, url: BrokerURL, deadline: float, interrupted: Callable[[], bool]) -> Mapping[str, str]:
+    def headers(self, url: BrokerURL, limit: Limit) -> Mapping[str, str]:
         """What a websocket's handshake says beside the headers of the standard. Raises as `login`."""
         headers = self._config.ws_headers
         if headers is None or url.transport != "websockets":
@@ -47,9 +48,7 @@ class Secrets:
         if isinstance(headers, Mapping):
             return headers
         assert not isinstance(headers, str), "the settings are checked"
-        answer: Mapping[str, str] = self._ask(
-            "ws_headers", headers, _wrong_headers, url, deadline, interrupted
-        )
+        answer: Mapping[str, str] = self._ask("ws_headers", headers, _wrong_headers, url, limit)
         return answer
 
     def _ask(
@@ -58,11 +57,10 @@ class Secrets:
         function: Callable[[], Any],
         wrong: Callable[[object], str | None],
         url: BrokerURL,
-        deadline: float,
-        interrupted: Callable[[], bool],
+        limit: Limit,
     ) -> Any:
         try:
-            answer = self._aside.call(name, function, deadline, interrupted)
+            answer = self._aside.call(name, function, limit)
         except CallFailedError as error:
             raise ConnectError(f"no connection to {url}: the {name} callable {error}") from error
         if problem := wrong(answer):

@@ -12,7 +12,6 @@ from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Start
 from tars_mqtt._core.backoff import Backoff
 from tars_mqtt._core.connector import MQTT_5, Connection, Connector, curable
-from tars_mqtt._core.dial import Interrupted
 from tars_mqtt._core.event import (
     LAST_PAHO_PACKET_ID,
     Connack,
@@ -24,6 +23,7 @@ from tars_mqtt._core.event import (
     Will,
 )
 from tars_mqtt._core.inbound import Inbound
+from tars_mqtt._core.limit import Interrupted
 from tars_mqtt._core.liveness import Liveness
 from tars_mqtt._core.network import NetworkThread
 from tars_mqtt._core.outbound import Outbound

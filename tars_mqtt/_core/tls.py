@@ -9,11 +9,11 @@ import socket
 import ssl
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tars_mqtt._core.dial import LastingError, await_ready, reason_of
+from tars_mqtt._core.limit import Limit
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ConfigError, ConnectError
 from tars_mqtt.url import BrokerURL
@@ -55,13 +55,7 @@ class _Socket(ssl.SSLSocket):
             raise BlockingIOError from error
 
 
-def secure(
-    sock: socket.socket,
-    url: BrokerURL,
-    config: MQTTClientConfig,
-    deadline: float,
-    interrupted: Callable[[], bool],
-) -> ssl.SSLSocket:
+def secure(sock: socket.socket, url: BrokerURL, config: MQTTClientConfig, limit: Limit) -> ssl.SSLSocket:
     """Do the TLS handshake on a connected, non-blocking socket.
 
     CAs, certificate and key are read from their files each time: whoever replaces them need not
@@ -78,7 +72,7 @@ def secure(
         # The zone of an IPv6 address says which way to it, and is in no certificate.
         host = url.host.partition("%")[0]
         secured = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-        _shake_hands(secured, deadline, interrupted)
+        _shake_hands(secured, limit)
     except BaseException as error:
         (secured or sock).close()
         _close_lost(error)
@@ -106,14 +100,14 @@ def _close_lost(error: BaseException) -> None:
             lost.close()
 
 
-def _shake_hands(secured: ssl.SSLSocket, deadline: float, interrupted: Callable[[], bool]) -> None:
+def _shake_hands(secured: ssl.SSLSocket, limit: Limit) -> None:
     while True:
         try:
             return secured.do_handshake()
         except ssl.SSLWantReadError:
-            await_ready(secured, selectors.EVENT_READ, deadline, interrupted)
+            await_ready(secured, selectors.EVENT_READ, limit)
         except ssl.SSLWantWriteError:
-            await_ready(secured, selectors.EVENT_WRITE, deadline, interrupted)
+            await_ready(secured, selectors.EVENT_WRITE, limit)
 
 
 # -- our files --------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tars_mqtt._core import wire
@@ -132,21 +131,8 @@ class Transport:
         """Wait without a connection; `wake` ends it early."""
         self._select(seconds)
 
-    def open(self, request: ConnectRequest, interrupted: Callable[[], bool]) -> None:
-        """Connect a socket and write CONNECT; the `Connack` comes out of `poll`.
-
-        Raises:
-            ConnectError: Nobody answered.
-            TLSAlertError: The peer ended the TLS connection before a websocket came about.
-            Interrupted: The attempt was called off.
-        """
-        sock: Any = request.dial()
-        if request.secure is not None:
-            sock = request.secure(sock)
-        if request.url.transport == "websockets":
-            from tars_mqtt._core.websocket import upgrade  # late: see Connector
-
-            sock = upgrade(sock, request.url, request.headers, request.deadline, interrupted)
+    def open(self, sock: Any, request: ConnectRequest) -> None:
+        """Take over a connected socket and write CONNECT; the `Connack` comes out of `poll`."""
         self._stream = Stream(sock, request.packet_limit, request.version == 5)
         self._interest = 0
         self._paused = False

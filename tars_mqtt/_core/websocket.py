@@ -8,10 +8,11 @@ import hashlib
 import os
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tars_mqtt._core.dial import reason_of
 from tars_mqtt._core.exchange import Exchange
+from tars_mqtt._core.limit import Limit
 from tars_mqtt._core.stream import TLSAlertError, is_alert
 from tars_mqtt._core.wire import MalformedPacketError
 from tars_mqtt.errors import ConnectError
@@ -192,8 +193,7 @@ def upgrade(
     sock: socket.socket,
     url: BrokerURL,
     headers: Mapping[str, str],
-    deadline: float,
-    interrupted: Callable[[], bool],
+    limit: Limit,
 ) -> Websocket:
     """Do the websocket handshake on a connected, non-blocking socket.
 
@@ -207,7 +207,7 @@ def upgrade(
     """
     key = base64.b64encode(os.urandom(16))
     try:
-        exchange = Exchange(sock, deadline, interrupted)
+        exchange = Exchange(sock, limit)
         # What broke off the sending, an alert over our certificate for instance, is still to be read.
         with contextlib.suppress(OSError):
             exchange.send(_request(url, key, headers))

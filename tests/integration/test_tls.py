@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tars_mqtt import ConnectError, MQTTClient, MQTTClientConfig
+from tars_mqtt._core.limit import Limit
 from tars_mqtt._core.tls import secure
 from tests.support import ScriptedBroker, accept_and_serve
 from tests.support.certificate import EXPIRED, NOT_YET_VALID, VALID, Authority, Validity, serial_number
@@ -199,7 +200,7 @@ def test_the_zone_of_an_address_is_in_no_certificate(tmp_path: Path) -> None:
     )
     server.start()
     config = MQTTClientConfig("mqtts://[::1%25eth0]", "tls", tls_ca=authority.ca)
-    secured = secure(ours, config.urls[0], config, time.monotonic() + 10, lambda: False)
+    secured = secure(ours, config.urls[0], config, Limit(time.monotonic() + 10, lambda: False))
     server.join(10)
     secured.close()
 
@@ -215,7 +216,7 @@ def test_a_connection_that_is_reset_before_the_handshake_is_closed() -> None:
     descriptor = ours.fileno()
     config = MQTTClientConfig("mqtts://localhost", "tls")
     with pytest.raises(ConnectError, match="the peer hung up") as caught:
-        secure(ours, config.urls[0], config, time.monotonic() + 10, lambda: False)
+        secure(ours, config.urls[0], config, Limit(time.monotonic() + 10, lambda: False))
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
     del caught

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from tars_mqtt import ConnectError
-from tars_mqtt._core.dial import Interrupted
+from tars_mqtt._core.limit import Interrupted, Limit
 from tars_mqtt._core.websocket import Websocket, upgrade
 from tars_mqtt._core.wire import MalformedPacketError
 from tars_mqtt.url import BrokerURL
@@ -257,7 +257,7 @@ def handshake(
 ) -> tuple[Websocket, Server]:
     server = Server(pair[1], answer, **options)
     try:
-        return upgrade(pair[0], URL, {}, time.monotonic() + 10, lambda: False), server
+        return upgrade(pair[0], URL, {}, Limit(time.monotonic() + 10, lambda: False)), server
     finally:
         server.join(10)
 
@@ -304,17 +304,17 @@ def test_an_answer_that_is_no_websocket_of_mqtt_is_quoted(pair, answer: str, sai
 
 def test_an_answer_that_does_not_come_is_waited_for_until_the_deadline(pair) -> None:
     with pytest.raises(ConnectError, match="no answer in time"):
-        upgrade(pair[0], URL, {}, time.monotonic() + 0.1, lambda: False)
+        upgrade(pair[0], URL, {}, Limit(time.monotonic() + 0.1, lambda: False))
 
 
 def test_the_handshake_can_be_called_off(pair) -> None:
     with pytest.raises(Interrupted):
-        upgrade(pair[0], URL, {}, time.monotonic() + 60, lambda: True)
+        upgrade(pair[0], URL, {}, Limit(time.monotonic() + 60, lambda: True))
     assert pair[0].fileno() == -1
 
 
 def test_an_ipv6_address_stands_in_brackets(pair) -> None:
     server = Server(pair[1], GOOD)
-    upgrade(pair[0], BrokerURL.parse("ws://[::1]:80/"), {}, time.monotonic() + 10, lambda: False)
+    upgrade(pair[0], BrokerURL.parse("ws://[::1]:80/"), {}, Limit(time.monotonic() + 10, lambda: False))
     server.join(10)
     assert server.headers()["Host"] == "[::1]"
