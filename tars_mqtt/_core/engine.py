@@ -80,16 +80,16 @@ class Engine:
         )
         self._outbound = Outbound(self.backlog, config.max_inflight, self.counters, config.client_id)
         self.health = Health(config, self.backlog)
-        self._session = Session(
-            config, transport, self.state, self._registry, self._outbound, self.health, start_call
-        )
-        self._session.inbound = Inbound(
+        inbound = Inbound(
             self._registry,
             self.dispatcher,
             self.counters,
-            self._session.offer_to_paho,
+            transport.offer_to_paho,
             config.client_id,
             config.max_payload_bytes,
+        )
+        self._session = Session(
+            config, transport, self.state, self._registry, inbound, self._outbound, self.health, start_call
         )
         self._source = config.source_name
         self._correlation = config.correlation

@@ -120,12 +120,10 @@ class Outbound:
         if message is None:
             return
         del self._inflight[message.packet_id]
-        self._backlog.over(message)
-        self._rejected(
+        self._reject(
             message,
             f"the broker closed the connection each of the {message.strikes} times that it was sent; "
             f"its {message.size:,} bytes are probably more than the broker allows",
-            None,
         )
 
     def pump(self, write: Callable[[list[bytes]], None], unsent_bytes: int) -> bool:
@@ -172,15 +170,8 @@ class Outbound:
                 if not message.receipt._mark_sent():
                     self._backlog.over(message)  # taken back in time
                     return None
-                if message.stored is not None and self._backlog.too_old(message):
-                    self._backlog.over(message)
-                    self._rejected(message, "it waited in the outbox for longer than outbox_max_age", None)
-                    return None
-                if message.properties is not None and message.properties.expired(self._clock()):
-                    self._backlog.over(message)
-                    self._rejected(
-                        message, "its message_expiry_interval was over before it could be sent", None
-                    )
+                if reason := self._too_late(message):
+                    self._reject(message, reason)
                     return None
                 if message.properties is not None and not self._v5:
                     self._backlog.say_left_out()
@@ -197,8 +188,7 @@ class Outbound:
             )
             objection = self._limits.objection(message.qos, message.retain, len(packet))
             if objection:
-                self._backlog.over(message)
-                self._rejected(message, objection, None)
+                self._reject(message, objection)
                 return None
             self.messages += 1
             if message.sent:
@@ -217,7 +207,17 @@ class Outbound:
                 self._packet_id = packet_id
                 return packet_id
 
-    def _rejected(self, message: Outgoing, reason: str, code: int | None) -> None:
+    def _too_late(self, message: Outgoing) -> str | None:
+        """Why *message* is not worth sending any more, if it is not."""
+        if message.stored is not None and self._backlog.too_old(message):
+            return "it waited in the outbox for longer than outbox_max_age"
+        if message.properties is not None and message.properties.expired(self._clock()):
+            return "its message_expiry_interval was over before it could be sent"
+        return None
+
+    def _reject(self, message: Outgoing, reason: str, code: int | None = None) -> None:
+        """Fail *message*, which is not on its way any more."""
+        self._backlog.over(message)
         self._counters.add("rejected")
         topic = message.topic.decode()
         logger.warning(
@@ -262,9 +262,9 @@ class Outbound:
     def _settle(self, message: Outgoing, reason: int) -> None:
         del self._inflight[message.packet_id]
         self.suspicion.acknowledged(message)
-        self._backlog.over(message)
         if reason >= 0x80:
-            self._rejected(message, wire.reason_name(reason), reason)
+            self._reject(message, wire.reason_name(reason), reason)
         else:
+            self._backlog.over(message)
             self.acknowledgements += 1
             message.receipt._settle()

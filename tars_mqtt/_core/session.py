@@ -79,18 +79,19 @@ class Session:
         transport: Transport,
         state: StateCell,
         registry: Registry,
+        inbound: Inbound,
         outbound: Outbound,
         companion: Companion,
         start_call: Start | None = None,
     ) -> None:
         self._config = config
         self._state = state
+        self.inbound = inbound
         self._outbound = outbound
         self._companion = companion
         self.transport = transport
         self._connector = Connector(config, self.transport, companion.will, start_call)
         self._subscriber = Subscriber(registry, self.transport, config.client_id)
-        self.inbound: Inbound
         # Any thread:
         self.thread = NetworkThread(transport, config.client_id)
         self.last_error: str | None = None
@@ -349,13 +350,6 @@ class Session:
         self._outbound.suspicion.answered()
         if asked is not None:
             self.ping_round_trip = time.monotonic() - asked
-
-    def offer_to_paho(self, first: int, body: bytes) -> bool:
-        """Let a direct user of paho have a PUBLISH that no subscription of ours takes."""
-        if not self.transport.paho_wants_messages:
-            return False
-        self.transport.hand_to_paho(first, body)
-        return True
 
     def _subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         self.inbound.rehouse()

@@ -227,10 +227,12 @@ class Transport:
         """Let paho deal with a message-flow packet that belongs to a direct use of its client."""
         self._events += self._control.read(first, body)
 
-    @property
-    def paho_wants_messages(self) -> bool:
-        """Whether a message that no subscription of ours matches has a taker in paho."""
-        return self._control.wants_messages
+    def offer_to_paho(self, first: int, body: bytes) -> bool:
+        """Let a direct user of paho have a PUBLISH that no subscription of ours takes."""
+        if not self._control.wants_messages:
+            return False
+        self.hand_to_paho(first, body)
+        return True
 
     def subscribe(self, topic_filter: str, qos: int, identifier: int | None) -> int:
         """Write SUBSCRIBE for one filter and return its packet id."""
