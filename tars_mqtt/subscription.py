@@ -21,7 +21,7 @@ class Registered:
     @property
     def topic(self) -> str:
         """The filter."""
-        return self._registration.topic
+        return self._registration.topic_filter
 
     @property
     def qos(self) -> int:

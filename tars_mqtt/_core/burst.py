@@ -71,7 +71,7 @@ class Burst:
         if outcome is Outcome.HANDLED or outcome is Outcome.SKIPPED:
             self._handled += outcome is Outcome.HANDLED
             acknowledgement = delivery.acknowledgement
-            if acknowledgement is not None and acknowledgement.done():
+            if acknowledgement is not None and acknowledgement.finish_one():
                 dispatcher._acknowledge()
             return
         assert turn is not None

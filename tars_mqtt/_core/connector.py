@@ -14,7 +14,7 @@ import attrs
 from tars_mqtt._core import wire
 from tars_mqtt._core.aside import Aside, Start
 from tars_mqtt._core.dial import LastingError, dial
-from tars_mqtt._core.event import Connack, ConnectRequest, Event, Goodbye, Will
+from tars_mqtt._core.event import Connack, ConnectRequest, Disconnect, Event, Will
 from tars_mqtt._core.limit import Limit
 from tars_mqtt._core.secret import Login, Secrets
 from tars_mqtt._core.stream import ConnectionLostError, TLSAlertError
@@ -222,7 +222,7 @@ class Connector:
             match self._transport.poll(remaining, more=False):
                 case [Connack() as connack, *rest]:
                     return connack, rest
-                case [Goodbye(_, reason), *_]:
+                case [Disconnect(_, reason), *_]:
                     raise NoConnackError(f"the broker ended the connection: {reason}")
                 case [_, *_]:
                     raise NoConnackError("the broker did not begin with CONNACK [MQTT-3.2.0-1]")

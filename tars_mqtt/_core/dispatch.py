@@ -280,7 +280,7 @@ class Dispatcher:
 
     def _over(self, delivery: Delivery) -> None:
         """A delivery needs nothing more."""
-        if delivery.done():
+        if delivery.finish():
             self._acknowledge()
 
     def _after_failure(self, consumer: Consumer, delivery: Delivery, outcome: Outcome) -> float | None:

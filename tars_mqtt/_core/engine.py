@@ -294,7 +294,7 @@ class Engine:
     def subscribe(self, registration: Registration) -> Future[None]:
         """Ask the broker; the future is done at once when there is no connection to ask on."""
         waiter: Future[None] = Future()
-        entry = self._registry.router.get(registration.topic)
+        entry = self._registry.router.get(registration.topic_filter)
         if entry is None or not self._session.thread.running:
             waiter.set_result(None)
         else:
@@ -308,7 +308,7 @@ class Engine:
         self.unregister(registration)
         if isinstance(error, SubscribeError):
             return fresh(error)
-        topic = registration.topic
+        topic = registration.topic_filter
         return SubscribeError(
             f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
         )
@@ -356,9 +356,9 @@ class Engine:
             **self.counters.totals(),
             messages_in=session.inbound.messages,
             bytes_in=bytes_in,
-            messages_out=outbound.messages + backlog.sent_at_once,
+            messages_out=outbound.sent_count + backlog.sent_at_once,
             bytes_out=bytes_out,
-            acknowledged=outbound.acknowledgements,
+            acknowledged=outbound.acknowledged_count,
             handled=self.dispatcher.handled,
             dropped=self.counters.dropped(),
             connections=session.connections,

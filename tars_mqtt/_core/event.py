@@ -79,7 +79,7 @@ class Unsuback(NamedTuple):
     packet_id: int
 
 
-class Goodbye(NamedTuple):
+class Disconnect(NamedTuple):
     """The broker ends the connection and says why (MQTT 5)."""
 
     code: int
@@ -92,4 +92,4 @@ class Packets(NamedTuple):
     packets: list[tuple[int, bytes]]
 
 
-Event = Connack | Suback | Unsuback | Goodbye | Packets
+Event = Connack | Suback | Unsuback | Disconnect | Packets

@@ -108,7 +108,7 @@ class Inbound:
         homeless, self._homeless = self._homeless, []
         for delivery in homeless:
             self._no_handler(delivery.message)
-            delivery.done()
+            delivery.finish()
 
     def open(self) -> None:
         """Take messages, again."""
@@ -124,7 +124,7 @@ class Inbound:
 
     # -- packets ----------------------------------------------------------------------------
 
-    def publish(self, first: int, body: bytes) -> None:
+    def on_publish(self, first: int, body: bytes) -> None:
         """Enter one PUBLISH.
 
         Raises:
@@ -136,7 +136,7 @@ class Inbound:
             # Unacknowledged: the broker delivers it to the next connection of this session. But what is still in
             # work, and comes again on a new connection, is acknowledged on this one when it is done.
             if qos:
-                self._ledger.known(packet_id, Message(topic, payload, qos, retain, dup))
+                self._ledger.note_repetition(packet_id, Message(topic, payload, qos, retain, dup))
             return
         if len(body) > self._surely_small and (
             len(payload) > self._max_payload_bytes or len(properties) > wire.MAX_PROPERTIES_BYTES
@@ -144,7 +144,7 @@ class Inbound:
             self._give_up(Message(topic, b"", qos, retain, dup), packet_id)
             return
         message = Message(topic, payload, qos, retain, dup, properties)
-        if qos and self._ledger.known(packet_id, message):
+        if qos and self._ledger.note_repetition(packet_id, message):
             return
         if self._router is not self._registry.router:
             self.rehouse()
@@ -160,7 +160,7 @@ class Inbound:
         acknowledgement = self._ledger.accept(packet_id, message, len(takers)) if qos else None
         self._deliver(message, acknowledgement, takers)
 
-    def passed_over(self, first: int, head: bytes) -> None:
+    def on_passed_over(self, first: int, head: bytes) -> None:
         """Enter what is left of a PUBLISH that was too large to be held.
 
         Raises:
@@ -171,9 +171,9 @@ class Inbound:
         if not self._closing:
             self._give_up(Message(topic, b"", qos, retain, dup), packet_id)
 
-    def release(self, packet_id: int) -> bytes | None:
+    def on_pubrel(self, packet_id: int) -> bytes | None:
         """Answer PUBREL; None when the packet id is not ours."""
-        if not self._ledger.complete(packet_id):
+        if not self._ledger.on_pubrel(packet_id):
             return None
         return wire.encode_ack(wire.PUBCOMP, packet_id)
 
@@ -187,7 +187,7 @@ class Inbound:
 
     def acknowledgements(self) -> list[bytes]:
         """The acknowledgements that are due on this connection."""
-        return self._ledger.release()
+        return self._ledger.take_due()
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Inbound:
     def _give_up(self, message: Message, packet_id: int) -> None:
         """Drop a message that is too large; acknowledged, since the broker would bring it again for ever."""
         if message.qos:
-            if self._ledger.known(packet_id, message):
+            if self._ledger.note_repetition(packet_id, message):
                 return
             self._ledger.accept(packet_id, message, 0)
         self._counters.drop("max_payload_bytes")

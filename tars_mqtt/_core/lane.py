@@ -32,9 +32,9 @@ class Delivery:
     given_up: bool = False
     """Its time was up while its handler went on: another `Delivery` has taken its place."""
 
-    def done(self) -> bool:
+    def finish(self) -> bool:
         """Count the delivery as over; True when an acknowledgement became due by it."""
-        return self.acknowledgement is not None and self.acknowledgement.done()
+        return self.acknowledgement is not None and self.acknowledgement.finish_one()
 
 
 class Lane(Protocol):

@@ -12,7 +12,7 @@ from tars_mqtt.message import Message
 class Acknowledgement:
     """What stands between one incoming message and its PUBACK or PUBREC.
 
-    Each delivery of the message calls `done` once, on any thread.
+    Each delivery of the message calls `finish_one` once, on any thread.
     """
 
     __slots__ = ("_lock", "_open", "finished", "message", "packet_id")
@@ -30,7 +30,7 @@ class Acknowledgement:
         self._open = deliveries
         self._lock = threading.Lock() if deliveries > 1 else None
 
-    def done(self) -> bool:
+    def finish_one(self) -> bool:
         """One delivery is over; True when it was the last."""
         if self._lock is not None:
             with self._lock:
@@ -70,7 +70,7 @@ class Ledger:
         self._order.clear()
         self._in_work.clear()
 
-    def known(self, packet_id: int, message: Message) -> bool:
+    def note_repetition(self, packet_id: int, message: Message) -> bool:
         """Take note of a repetition; True when the message needs no handling again."""
         if message.qos == 2 and packet_id in self._received:
             # PUBREC was lost on the way: say it again, in its turn.
@@ -96,7 +96,7 @@ class Ledger:
         self._order.append(acknowledgement)
         return acknowledgement
 
-    def release(self) -> list[bytes]:
+    def take_due(self) -> list[bytes]:
         """Return the acknowledgements that are due, as packets."""
         order = self._order
         packets: list[bytes] = []
@@ -112,7 +112,7 @@ class Ledger:
                 packets.append(wire.encode_ack(wire.PUBACK, packet_id))
         return packets
 
-    def complete(self, packet_id: int) -> bool:
+    def on_pubrel(self, packet_id: int) -> bool:
         """PUBREL came: forget the id; False when it was not known."""
         if packet_id not in self._received:
             return False

@@ -54,8 +54,8 @@ class Outbound:
         self._limits = Connack(code=0, reason="", session_present=False)
         self._lossy_unsent = 0
         self.suspicion = Suspicion(clock)
-        self.messages = 0
-        self.acknowledgements = 0
+        self.sent_count = 0
+        self.acknowledged_count = 0
 
     @property
     def inflight(self) -> int:
@@ -136,7 +136,7 @@ class Outbound:
             # Half of it: neither kind starves the other.
             packets, size = backlog.take_lossy((room + 1) // 2)
             write(packets)
-            self.messages += len(packets)
+            self.sent_count += len(packets)
             self._lossy_unsent += len(packets)
             room -= size
         suspicion = self.suspicion
@@ -190,7 +190,7 @@ class Outbound:
             if objection:
                 self._reject(message, objection)
                 return None
-            self.messages += 1
+            self.sent_count += 1
             if message.sent:
                 self._counters.add("retried")
         message.sent = True
@@ -266,5 +266,5 @@ class Outbound:
             self._reject(message, wire.reason_name(reason), reason)
         else:
             self._backlog.over(message)
-            self.acknowledgements += 1
+            self.acknowledged_count += 1
             message.receipt._settle()

@@ -24,8 +24,8 @@ from tars_mqtt._core.event import (
     PAHO_PACKETS,
     Connack,
     ConnectRequest,
+    Disconnect,
     Event,
-    Goodbye,
     Suback,
     Unsuback,
 )
@@ -269,4 +269,4 @@ class Control:
         self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, _properties: Any
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            self._events.append(Goodbye(reason.value, str(reason).lower()))
+            self._events.append(Disconnect(reason.value, str(reason).lower()))

@@ -21,7 +21,7 @@ _LAST_IDENTIFIER = wire.MAX_VARINT
 class Registration:
     """One call of ``subscribe``: a filter and who gets its messages."""
 
-    topic: str
+    topic_filter: str
     qos: int
     consumer: Consumer
     key_of: Callable[[Message], Hashable] | None = None
@@ -80,7 +80,7 @@ class Registry:
     def add(self, registration: Registration) -> FilterEntry:
         """Enter a registration; returns the filter that the broker must be asked for."""
         with self._lock:
-            topic = registration.topic
+            topic = registration.topic_filter
             entry = self.router.get(topic)
             if entry is None:
                 entry = FilterEntry(topic, self._identifier(topic), (registration,), registration.qos)
@@ -95,7 +95,7 @@ class Registry:
     def remove(self, registration: Registration) -> FilterEntry | None:
         """Take a registration out; returns its filter if nobody needs that any more."""
         with self._lock:
-            entry = self.router.get(registration.topic)
+            entry = self.router.get(registration.topic_filter)
             if entry is None or registration not in entry.registrations:
                 return None
             entry.registrations = tuple(other for other in entry.registrations if other is not registration)

@@ -15,8 +15,8 @@ from tars_mqtt._core.connector import MQTT_5, Connection, Connector, curable
 from tars_mqtt._core.event import (
     LAST_PAHO_PACKET_ID,
     Connack,
+    Disconnect,
     Event,
-    Goodbye,
     Packets,
     Suback,
     Unsuback,
@@ -298,7 +298,7 @@ class Session:
             transport.write_all(inbound.acknowledgements())
             more = outbound.pump(transport.write_all, transport.unsent_bytes)
             events = transport.poll(self._until_next_duty(), more, outbound.patience)
-        self._say_goodbye(leave_by)
+        self._leave(leave_by)
 
     def _on(self, event: Event) -> None:
         match event:
@@ -309,7 +309,7 @@ class Session:
                 self._ready_if_restored()
             case Unsuback():
                 self._subscriber.on_unsuback(event)
-            case Goodbye(code, reason):
+            case Disconnect(code, reason):
                 if code == _TAKEN_OVER:
                     name = self._config.client_id
                     raise TakenOverError(f"taken over by another client with the same id {name!r}")
@@ -322,11 +322,11 @@ class Session:
         for first, body in packets:
             kind = first & 0xF0
             if kind == wire.PUBLISH:
-                inbound.publish(first, body)
+                inbound.on_publish(first, body)
             elif kind == wire.PINGRESP:
                 self._on_pingresp()
             elif kind == wire.PASSED_OVER:
-                inbound.passed_over(first, body)
+                inbound.on_passed_over(first, body)
             else:
                 self._on_acknowledgement(kind, first, body)
         inbound.hand_over()
@@ -334,7 +334,7 @@ class Session:
     def _on_acknowledgement(self, kind: int, first: int, body: bytes) -> None:
         packet_id, reason = wire.decode_ack(body, self._v5)
         if first == wire.PUBREL:
-            answer = self.inbound.release(packet_id)
+            answer = self.inbound.on_pubrel(packet_id)
             if answer is None:
                 self.transport.hand_to_paho(first, body)
         elif packet_id <= LAST_PAHO_PACKET_ID:
@@ -420,7 +420,7 @@ class Session:
 
     # -- it ends ------------------------------------------------------------------------------
 
-    def _say_goodbye(self, deadline: float) -> None:
+    def _leave(self, deadline: float) -> None:
         transport = self.transport
         transport.write_all(self.inbound.acknowledgements())
         while self._outbound.pump(transport.write_all, transport.unsent_bytes):

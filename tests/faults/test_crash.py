@@ -213,16 +213,16 @@ HANDLED_THEN_KILLED = (
     + """
 from tars_mqtt._core.ledger import Ledger
 
-original = Ledger.release
+original = Ledger.take_due
 
 
-def release(ledger):
+def take_due(ledger):
     if ledger._order and ledger._order[0].finished:
         die()
     return original(ledger)
 
 
-Ledger.release = release
+Ledger.take_due = take_due
 client = make_client(
     url, client_id="worker", outbox=path, dedupe_durable=True, dedupe_ttl=600, dedupe_max_entries=100
 )

@@ -308,7 +308,7 @@ def test_an_error_of_our_own_costs_one_connection_and_not_the_service(
     client.subscribe("a", received.append, 1)
     client.connect()
     with monkeypatch.context() as patch:
-        patch.setattr("tars_mqtt._core.inbound.Inbound.publish", lambda *_: 1 / 0)
+        patch.setattr("tars_mqtt._core.inbound.Inbound.on_publish", lambda *_: 1 / 0)
         client.submit_event("a", "b", 1, qos=1)
         eventually(lambda: client.state is ConnectionState.RECONNECTING)
     eventually(lambda: client.connected)

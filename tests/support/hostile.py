@@ -97,7 +97,7 @@ class Handlers(Dispatcher):
                 self._handled += 1
                 look_at(delivery)
                 if self.finishes:
-                    delivery.done()
+                    delivery.finish()
 
 
 def look_at(delivery: Delivery) -> None:

@@ -45,7 +45,7 @@ def test_what_is_admitted_is_written_and_the_network_thread_is_woken(harness: Ha
     assert not message.receipt.done()
     harness.acknowledge(message)
     assert message.receipt.result(0) == "id"
-    assert harness.outbound.acknowledgements == harness.outbound.messages == 1
+    assert harness.outbound.acknowledged_count == harness.outbound.sent_count == 1
 
 
 def test_packet_ids_are_above_those_of_paho(harness: Harness) -> None:

@@ -69,7 +69,7 @@ class Harness:
 
     def enter(self, topic: str = "a/b", payload: bytes = b"x", **options) -> None:
         packet = mqtt.read_packet(Reader(mqtt.publish(topic, payload, level=5 if self.v5 else 4, **options)))
-        self.inbound.publish(packet.type << 4 | packet.flags, packet.body)
+        self.inbound.on_publish(packet.type << 4 | packet.flags, packet.body)
 
     def receive(self, *args, **options) -> list[str]:
         """Enter one message and hand it over; returns the names of those who got it."""
@@ -136,16 +136,16 @@ def test_what_is_too_large_is_acknowledged_in_its_turn(caplog) -> None:
     harness.subscribe("#")
     harness.enter("a", b"small", qos=1, packet_id=1)
     harness.enter("a", b"x" * 101, qos=1, packet_id=2)
-    harness.inbound.passed_over(0x04, b"\0\x01b" + bytes((0, 3)))
+    harness.inbound.on_passed_over(0x04, b"\0\x01b" + bytes((0, 3)))
     assert harness.inbound.acknowledgements() == []
     ((_, delivery),) = harness.deliveries()
-    delivery.done()
+    delivery.finish()
     assert harness.inbound.acknowledgements() == [
         wire.encode_ack(wire.PUBACK, 1),
         wire.encode_ack(wire.PUBACK, 2),
         wire.encode_ack(wire.PUBREC, 3),
     ]
-    assert harness.inbound.release(3) == wire.encode_ack(wire.PUBCOMP, 3)
+    assert harness.inbound.on_pubrel(3) == wire.encode_ack(wire.PUBCOMP, 3)
     assert harness.counters.dropped() == {"max_payload_bytes": 2}
     assert harness.inbound.messages == 3
     assert [record.getMessage() for record in caplog.records] == [
@@ -156,7 +156,7 @@ def test_what_is_too_large_is_acknowledged_in_its_turn(caplog) -> None:
 def test_what_is_too_large_and_comes_again_is_counted_once() -> None:
     harness = Harness(max_payload_bytes=100)
     for dup in (False, True):
-        harness.inbound.passed_over(0x02 | dup << 3, b"\0\x01b" + bytes((0, 3)))
+        harness.inbound.on_passed_over(0x02 | dup << 3, b"\0\x01b" + bytes((0, 3)))
     assert harness.counters.dropped() == {"max_payload_bytes": 1}
 
 
@@ -302,9 +302,9 @@ def test_a_malformed_packet_is_entered_nowhere() -> None:
     harness = Harness()
     harness.subscribe("#")
     with pytest.raises(wire.MalformedPacketError):
-        harness.inbound.publish(0x30, b"\x00\x05a")
+        harness.inbound.on_publish(0x30, b"\x00\x05a")
     with pytest.raises(wire.MalformedPacketError):
-        harness.inbound.publish(0x30, b"\x00\x01a\x02\xff\xff")
+        harness.inbound.on_publish(0x30, b"\x00\x01a\x02\xff\xff")
     assert harness.delivered() == []
 
 
@@ -386,9 +386,9 @@ def test_a_message_is_acknowledged_when_all_its_handlers_are_done() -> None:
     harness.subscribe("#")
     harness.enter("a", qos=1, packet_id=3)
     (_, first), (_, second) = harness.deliveries()
-    first.done()
+    first.finish()
     assert acknowledged(harness) == []
-    second.done()
+    second.finish()
     assert acknowledged(harness) == [mqtt.puback(3)]
 
 
@@ -399,9 +399,9 @@ def test_each_copy_is_acknowledged_by_itself() -> None:
     harness.enter("a", qos=1, packet_id=3, properties=harness.identifiers("a"))
     harness.enter("a", qos=1, packet_id=4, properties=harness.identifiers("#"))
     (_, first), (_, second) = harness.deliveries()
-    second.done()
+    second.finish()
     assert acknowledged(harness) == []
-    first.done()
+    first.finish()
     assert acknowledged(harness) == [mqtt.puback(3), mqtt.puback(4)]
 
 
@@ -412,7 +412,7 @@ def test_what_nobody_handles_is_acknowledged_in_its_turn() -> None:
     harness.enter("nobody", qos=1, packet_id=4)
     assert acknowledged(harness) == []
     ((_, delivery),) = harness.deliveries()
-    delivery.done()
+    delivery.finish()
     assert acknowledged(harness) == [mqtt.puback(3), mqtt.puback(4)]
     assert harness.inbound.unacknowledged == 0
 
@@ -425,7 +425,7 @@ def test_a_redelivery_of_what_is_in_work_is_not_handled_twice() -> None:
     harness.inbound.new_connection(True, resumed=True, strange=False)
     assert harness.receive("a", qos=1, packet_id=3, dup=True) == []
     assert acknowledged(harness) == []
-    delivery.done()
+    delivery.finish()
     assert acknowledged(harness) == [mqtt.puback(3)]
 
 
@@ -434,12 +434,12 @@ def test_qos_2_is_received_handled_once_and_completed() -> None:
     harness.subscribe("a")
     harness.enter("a", qos=2, packet_id=3)
     ((_, delivery),) = harness.deliveries()
-    delivery.done()
+    delivery.finish()
     assert acknowledged(harness) == [mqtt.pubrec(3)]
     assert harness.receive("a", qos=2, packet_id=3, dup=True) == []
     assert acknowledged(harness) == [mqtt.pubrec(3)]
-    assert harness.inbound.release(3) == mqtt.pubcomp(3)
-    assert harness.inbound.release(3) is None, "for whoever else may know it"
+    assert harness.inbound.on_pubrel(3) == mqtt.pubcomp(3)
+    assert harness.inbound.on_pubrel(3) is None, "for whoever else may know it"
 
 
 def test_what_was_entered_before_a_malformed_packet_is_handled_all_the_same() -> None:
@@ -451,7 +451,7 @@ def test_what_was_entered_before_a_malformed_packet_is_handled_all_the_same() ->
     harness.inbound.new_connection(True, resumed=True, strange=False)
     ((batch,),) = [list(burst.values()) for burst in harness.dispatcher.bursts]
     assert harness.receive("a", qos=1, packet_id=3, dup=True) == []
-    batch[0].done()
+    batch[0].finish()
     assert acknowledged(harness) == [mqtt.puback(3)]
 
 
@@ -486,9 +486,9 @@ def test_messages_of_an_earlier_process_wait_for_this_one_to_subscribe() -> None
         ("second", b"2"),
     ]
     for _, each in deliveries[:5]:
-        each.done()
+        each.finish()
     assert acknowledged(harness) == [mqtt.puback(1), mqtt.puback(2)]
-    deliveries[5][1].done()
+    deliveries[5][1].finish()
     assert acknowledged(harness) == [mqtt.puback(3)]
 
 
@@ -540,7 +540,7 @@ def test_what_waits_goes_on_waiting_over_a_reconnect() -> None:
     harness.inbound.rehouse()
     ((_, delivery),) = harness.deliveries()
     assert acknowledged(harness) == []
-    delivery.done()
+    delivery.finish()
     assert acknowledged(harness) == [mqtt.puback(1)]
 
 
@@ -563,7 +563,7 @@ def test_a_client_that_shuts_down_takes_no_more_and_acknowledges_nothing_it_did_
     ((_, delivery),) = harness.deliveries()
     harness.inbound.close()
     assert harness.receive("a", qos=1, packet_id=2) == []
-    delivery.done()
+    delivery.finish()
     assert acknowledged(harness) == [mqtt.puback(1)]
 
 
@@ -586,7 +586,7 @@ def test_what_is_in_work_over_a_disconnect_is_not_handled_twice() -> None:
     harness.inbound.open()
     harness.inbound.new_connection(True, resumed=True, strange=False)
     assert harness.receive("a", qos=1, packet_id=1, dup=True) == []
-    delivery.done()
+    delivery.finish()
     assert acknowledged(harness) == [mqtt.puback(1)]
 
 

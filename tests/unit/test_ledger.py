@@ -31,10 +31,10 @@ def accepted(ledger: Ledger, packet_id: int, deliveries: int = 1, qos: int = 1) 
 def test_nothing_is_acknowledged_before_its_handler_is_done() -> None:
     ledger = Ledger()
     acknowledgement = accepted(ledger, 7)
-    assert ledger.release() == []
-    assert acknowledgement.done()
-    assert ledger.release() == [puback(7)]
-    assert ledger.release() == []
+    assert ledger.take_due() == []
+    assert acknowledgement.finish_one()
+    assert ledger.take_due() == [puback(7)]
+    assert ledger.take_due() == []
     assert len(ledger) == 0
 
 
@@ -42,28 +42,28 @@ def test_acknowledgements_leave_in_order_of_arrival() -> None:
     """[MQTT-4.6.0-2]: whichever handler is done first."""
     ledger = Ledger()
     first, second, third = (accepted(ledger, number) for number in (3, 1, 2))
-    second.done()
-    third.done()
-    assert ledger.release() == []
+    second.finish_one()
+    third.finish_one()
+    assert ledger.take_due() == []
     assert len(ledger) == 3
-    first.done()
-    assert ledger.release() == [puback(3), puback(1), puback(2)]
+    first.finish_one()
+    assert ledger.take_due() == [puback(3), puback(1), puback(2)]
 
 
 def test_a_message_is_done_with_the_last_of_its_handlers() -> None:
     ledger = Ledger()
     acknowledgement = accepted(ledger, 1, deliveries=3)
-    assert [acknowledgement.done() for _ in range(3)] == [False, False, True]
-    assert ledger.release() == [puback(1)]
+    assert [acknowledgement.finish_one() for _ in range(3)] == [False, False, True]
+    assert ledger.take_due() == [puback(1)]
 
 
 def test_a_message_for_nobody_is_acknowledged_in_its_turn() -> None:
     ledger = Ledger()
     first = accepted(ledger, 1)
     accepted(ledger, 2, deliveries=0)
-    assert ledger.release() == []
-    first.done()
-    assert ledger.release() == [puback(1), puback(2)]
+    assert ledger.take_due() == []
+    first.finish_one()
+    assert ledger.take_due() == [puback(1), puback(2)]
 
 
 def test_handlers_on_several_threads_are_all_counted() -> None:
@@ -75,7 +75,7 @@ def test_handlers_on_several_threads_are_all_counted() -> None:
     def finish() -> None:
         for number, acknowledgement in enumerate(acknowledgements):
             barrier.wait(10)
-            if acknowledgement.done():
+            if acknowledgement.finish_one():
                 last.append(number)
 
     threads = [threading.Thread(target=finish, daemon=True) for _ in range(4)]
@@ -90,7 +90,7 @@ def test_handlers_on_several_threads_are_all_counted() -> None:
 def test_a_message_without_takers_may_find_some_later() -> None:
     acknowledgement = accepted(Ledger(), 1)
     acknowledgement.share(2)
-    assert [acknowledgement.done(), acknowledgement.done()] == [False, True]
+    assert [acknowledgement.finish_one(), acknowledgement.finish_one()] == [False, True]
 
 
 # -- the next connection ------------------------------------------------------------------
@@ -100,11 +100,11 @@ def test_nothing_is_acknowledged_on_a_newer_connection_than_its_own() -> None:
     ledger = Ledger()
     old = accepted(ledger, 1)
     ledger.new_connection(session_present=True)
-    old.done()
-    assert ledger.release() == []
+    old.finish_one()
+    assert ledger.take_due() == []
     new = accepted(ledger, 2)
-    new.done()
-    assert ledger.release() == [puback(2)]
+    new.finish_one()
+    assert ledger.take_due() == [puback(2)]
 
 
 def test_a_redelivery_of_what_is_in_work_is_acknowledged_when_that_is_done() -> None:
@@ -112,31 +112,31 @@ def test_a_redelivery_of_what_is_in_work_is_acknowledged_when_that_is_done() -> 
     ledger = Ledger()
     old = accepted(ledger, 1)
     ledger.new_connection(session_present=True)
-    assert ledger.known(1, message(dup=True))
+    assert ledger.note_repetition(1, message(dup=True))
     later = accepted(ledger, 2)
-    later.done()
-    assert ledger.release() == []
-    old.done()
-    assert ledger.release() == [puback(1), puback(2)]
+    later.finish_one()
+    assert ledger.take_due() == []
+    old.finish_one()
+    assert ledger.take_due() == [puback(1), puback(2)]
 
 
 def test_a_redelivery_of_what_was_done_in_between_is_acknowledged_at_once() -> None:
     """The work was done during the outage."""
     ledger = Ledger()
-    accepted(ledger, 1).done()
+    accepted(ledger, 1).finish_one()
     ledger.new_connection(session_present=True)
-    assert ledger.known(1, message(dup=True))
-    assert ledger.release() == [puback(1)]
-    assert not ledger.known(1, message(dup=True)), "acknowledged: the next one is another message"
+    assert ledger.note_repetition(1, message(dup=True))
+    assert ledger.take_due() == [puback(1)]
+    assert not ledger.note_repetition(1, message(dup=True)), "acknowledged: the next one is another message"
 
 
 def test_a_redelivery_after_the_acknowledgement_was_sent_is_a_new_message() -> None:
     """The acknowledgement may have been lost on its way; at least once is what QoS 1 promises."""
     ledger = Ledger()
-    accepted(ledger, 1).done()
-    ledger.release()
+    accepted(ledger, 1).finish_one()
+    ledger.take_due()
     ledger.new_connection(session_present=True)
-    assert not ledger.known(1, message(dup=True))
+    assert not ledger.note_repetition(1, message(dup=True))
 
 
 def test_another_message_under_the_same_packet_id_is_handled() -> None:
@@ -151,24 +151,24 @@ def test_another_message_under_the_same_packet_id_is_handled() -> None:
         ledger = Ledger()
         old = accepted(ledger, 1)
         ledger.new_connection(session_present=True)
-        assert not ledger.known(1, other)
+        assert not ledger.note_repetition(1, other)
         new = ledger.accept(1, other, 1)
-        old.done()
-        assert ledger.release() == [], "the old one's end is not the new one's"
-        new.done()
-        assert ledger.release() == [(pubrec if other.qos == 2 else puback)(1)]
+        old.finish_one()
+        assert ledger.take_due() == [], "the old one's end is not the new one's"
+        new.finish_one()
+        assert ledger.take_due() == [(pubrec if other.qos == 2 else puback)(1)]
 
 
 def test_a_new_session_knows_nothing_of_the_old_one() -> None:
     ledger = Ledger()
     old = accepted(ledger, 1)
     ledger.new_connection(session_present=False)
-    assert not ledger.known(1, message(dup=True))
+    assert not ledger.note_repetition(1, message(dup=True))
     new = accepted(ledger, 1)
-    old.done()
-    assert ledger.release() == []
-    new.done()
-    assert ledger.release() == [puback(1)]
+    old.finish_one()
+    assert ledger.take_due() == []
+    new.finish_one()
+    assert ledger.take_due() == [puback(1)]
 
 
 def test_what_will_not_be_handled_any_more_is_new_when_it_comes_again() -> None:
@@ -177,7 +177,7 @@ def test_what_will_not_be_handled_any_more_is_new_when_it_comes_again() -> None:
     accepted(ledger, 1)
     ledger.forget()
     ledger.new_connection(session_present=True)
-    assert not ledger.known(1, message(dup=True))
+    assert not ledger.note_repetition(1, message(dup=True))
 
 
 # -- qos 2 --------------------------------------------------------------------------------
@@ -186,65 +186,65 @@ def test_what_will_not_be_handled_any_more_is_new_when_it_comes_again() -> None:
 def test_qos_2_is_received_released_and_complete() -> None:
     ledger = Ledger()
     acknowledgement = accepted(ledger, 5, qos=2)
-    assert not ledger.complete(5), "no PUBREC was sent"
-    acknowledgement.done()
-    assert ledger.release() == [pubrec(5)]
-    assert ledger.complete(5)
-    assert not ledger.complete(5)
-    assert not ledger.known(5, message(qos=2)), "the id is free again"
+    assert not ledger.on_pubrel(5), "no PUBREC was sent"
+    acknowledgement.finish_one()
+    assert ledger.take_due() == [pubrec(5)]
+    assert ledger.on_pubrel(5)
+    assert not ledger.on_pubrel(5)
+    assert not ledger.note_repetition(5, message(qos=2)), "the id is free again"
 
 
 def test_qos_2_repeated_before_its_release_is_received_again_and_not_handled() -> None:
     """[MQTT-4.3.3-10]: our PUBREC was lost with the connection."""
     ledger = Ledger()
-    accepted(ledger, 5, qos=2).done()
-    ledger.release()
+    accepted(ledger, 5, qos=2).finish_one()
+    ledger.take_due()
     ledger.new_connection(session_present=True)
-    assert ledger.known(5, message(qos=2, dup=True))
-    assert ledger.release() == [pubrec(5)]
-    assert ledger.complete(5)
+    assert ledger.note_repetition(5, message(qos=2, dup=True))
+    assert ledger.take_due() == [pubrec(5)]
+    assert ledger.on_pubrel(5)
 
 
 def test_a_repeated_pubrec_waits_for_its_turn() -> None:
     ledger = Ledger()
-    accepted(ledger, 5, qos=2).done()
-    ledger.release()
+    accepted(ledger, 5, qos=2).finish_one()
+    ledger.take_due()
     first = accepted(ledger, 6)
-    assert ledger.known(5, message(qos=2, dup=True))
-    assert ledger.release() == []
-    first.done()
-    assert ledger.release() == [puback(6), pubrec(5)]
+    assert ledger.note_repetition(5, message(qos=2, dup=True))
+    assert ledger.take_due() == []
+    first.finish_one()
+    assert ledger.take_due() == [puback(6), pubrec(5)]
 
 
 def test_qos_2_released_on_the_next_connection_is_complete_there() -> None:
     ledger = Ledger()
-    accepted(ledger, 5, qos=2).done()
-    ledger.release()
+    accepted(ledger, 5, qos=2).finish_one()
+    ledger.take_due()
     ledger.new_connection(session_present=True)
-    assert ledger.complete(5)
+    assert ledger.on_pubrel(5)
 
 
 def test_what_was_received_is_remembered_when_unhandled_messages_are_forgotten() -> None:
     """Otherwise a message of QoS 2 would be handled twice."""
     ledger = Ledger()
-    accepted(ledger, 5, qos=2).done()
-    ledger.release()
+    accepted(ledger, 5, qos=2).finish_one()
+    ledger.take_due()
     ledger.forget()
     ledger.new_connection(session_present=True)
-    assert ledger.known(5, message(qos=2, dup=True))
+    assert ledger.note_repetition(5, message(qos=2, dup=True))
 
 
 def test_a_new_session_forgets_what_was_received() -> None:
     ledger = Ledger()
-    accepted(ledger, 5, qos=2).done()
-    ledger.release()
+    accepted(ledger, 5, qos=2).finish_one()
+    ledger.take_due()
     ledger.new_connection(session_present=False)
-    assert not ledger.complete(5)
-    assert not ledger.known(5, message(qos=2, dup=True))
+    assert not ledger.on_pubrel(5)
+    assert not ledger.note_repetition(5, message(qos=2, dup=True))
 
 
 def test_a_packet_id_of_qos_2_between_receipt_and_release_is_no_obstacle_for_qos_1() -> None:
     ledger = Ledger()
-    accepted(ledger, 5, qos=2).done()
-    ledger.release()
-    assert not ledger.known(5, message(qos=1))
+    accepted(ledger, 5, qos=2).finish_one()
+    ledger.take_due()
+    assert not ledger.note_repetition(5, message(qos=1))

@@ -162,7 +162,7 @@ def test_a_repeated_acknowledgement_is_no_second_one(harness: Harness) -> None:
     harness.pump()
     harness.acknowledge(message)
     harness.acknowledge(message)
-    assert harness.outbound.acknowledgements == 1
+    assert harness.outbound.acknowledged_count == 1
     assert harness.held() == (0, 0)
 
 
@@ -178,7 +178,7 @@ def test_a_rejection_fails_the_receipt_in_the_words_of_the_standard(harness: Har
     assert "forbidden/topic" in caplog.text
     assert "secret" not in caplog.text
     assert harness.counters.totals()["rejected"] == 1
-    assert harness.outbound.acknowledgements == 0
+    assert harness.outbound.acknowledged_count == 0
 
 
 def test_no_matching_subscribers_is_a_success(harness: Harness) -> None:
