@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 
@@ -20,6 +21,9 @@ from tars_mqtt.printable import printable
 logger = logging.getLogger("tars_mqtt.dispatch")
 
 _MOST_ROUTES = 4096
+
+_EARLY_TIME = 2.0
+"""Seconds after the last subscribe that messages of an unknown session wait for one to take them."""
 
 
 class Inbound:
@@ -51,8 +55,8 @@ class Inbound:
         self._router = registry.router
         # Topic and properties decide the route of a message that is not retained.
         self._routes: dict[tuple[str, bytes], tuple[Registration, ...]] = {}
-        self._homeless: list[Delivery] = []
-        self.may_be_homeless = False
+        self._early: list[Delivery] = []  # in an unknown session, and nobody has subscribed yet
+        self._early_until = math.inf
         self._v5 = True
         self._closing = False
         self.messages = 0
@@ -66,56 +70,67 @@ class Inbound:
 
     # -- connections ------------------------------------------------------------------------
 
-    def new_connection(self, v5: bool, resumed: bool, strange: bool) -> None:
+    def new_connection(self, v5: bool, resumed: bool, unknown_session: bool, now: float) -> None:
         """Start over; what is in work stays in work.
 
         Args:
             v5: Whether the connection speaks MQTT 5.
             resumed: The broker still has the session of our last connection.
-            strange: It has a session that we do not know, of an earlier process for instance, which
+            unknown_session: It has a session that we do not know, of an earlier process for instance, which
                 may bring messages before anybody has subscribed.
+            now: On the monotonic clock.
         """
         self._v5 = v5
         self._ledger.new_connection(resumed)
         # What came right before a malformed packet: entered, so not to be handled when it comes again.
         self.hand_over()
         if not resumed:
-            self._homeless.clear()
-        self.may_be_homeless = strange or bool(self._homeless)
+            self._early.clear()
+        self._early_until = now + _EARLY_TIME if unknown_session or self._early else math.inf
         self._forget_routes()
         if not resumed:
             for entry in self._router:
                 entry.identified = False
 
-    def rehouse(self) -> None:
-        """Subscriptions came: they may be what waiting messages wait for."""
+    def subscribed(self, now: float) -> None:
+        """A subscription came, which early messages may wait for; others may follow."""
+        self.route_early()
+        self.hand_over()
+        if self._early_until != math.inf:
+            self._early_until = now + _EARLY_TIME
+
+    def route_early(self) -> None:
+        """Find takers for early messages, if there are any by now."""
         if self._router is self._registry.router:
             return
         self._forget_routes()
-        homeless, self._homeless = self._homeless, []
-        for delivery in homeless:
+        early, self._early = self._early, []
+        for delivery in early:
             takers = self._route(delivery.message.topic, b"", retain=False)
             if not takers:
-                self._homeless.append(delivery)
+                self._early.append(delivery)
                 continue
             assert delivery.acknowledgement is not None
             delivery.acknowledgement.share(len(takers))
             self._deliver(delivery.message, delivery.acknowledgement, takers)
 
-    def settle_homeless(self) -> None:
-        """Everything is subscribed that will be: who has no handler now gets none."""
-        self.may_be_homeless = False
-        homeless, self._homeless = self._homeless, []
-        for delivery in homeless:
+    def tick(self, now: float) -> float:
+        """Give up early messages that nobody has come for in time; returns when to be called again."""
+        if now < self._early_until:
+            return self._early_until
+        self._early_until = math.inf
+        early, self._early = self._early, []
+        for delivery in early:
             self._no_handler(delivery.message)
             delivery.finish()
+        return now  # the acknowledgements come first: the broker may wait for them
 
     def open(self) -> None:
         """Take messages, again."""
         if self._closing:
             # After a shutdown: what had not been handled by then never will be.
             self._ledger.forget()
-            self._homeless.clear()
+            self._early.clear()
             self._closing = False
 
     def close(self) -> None:
@@ -147,7 +162,7 @@ class Inbound:
         if qos and self._ledger.note_repetition(packet_id, message):
             return
         if self._router is not self._registry.router:
-            self.rehouse()
+            self.route_early()
         if retain:
             takers = self._route(topic, properties, retain=True)
         else:
@@ -253,8 +268,8 @@ class Inbound:
     def _without_taker(self, message: Message, packet_id: int) -> None:
         if not message.qos:
             self._no_handler(message)
-        elif self.may_be_homeless:
-            self._homeless.append(Delivery(message, self._ledger.accept(packet_id, message, 1)))
+        elif self._early_until != math.inf:
+            self._early.append(Delivery(message, self._ledger.accept(packet_id, message, 1)))
         else:
             self._no_handler(message)
             self._ledger.accept(packet_id, message, 0)

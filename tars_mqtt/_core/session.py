@@ -45,8 +45,6 @@ _PACKET_IDS = 65_535
 _MOST_UNSENT_PACKETS = 4 * _PACKET_IDS
 """More than the window, what `Outbound` writes ahead and all acknowledgements can come to: a broker that
 asks for more answers and reads none must not fill our memory."""
-_HOMELESS_TIME = 2.0
-"""Seconds after the last subscribe that messages of an earlier process wait for one to take them."""
 _SUSPECT_AGAIN = 0.05
 """Seconds until a duty is looked at again that is due, and could not be done."""
 _PAUSED_LOOK = 1.0
@@ -110,7 +108,6 @@ class Session:
         self._has_earlier_subscriptions = False
         self._liveness = Liveness(1.0, 1.0, 0.0, 0.0)
         self._restore_by = math.inf
-        self._homeless_until = math.inf
 
     # -- any thread -------------------------------------------------------------------------
 
@@ -257,8 +254,7 @@ class Session:
             patience = min(patience, 3 * config.heartbeat_interval)
         self._liveness = Liveness(keepalive, patience, now, now)
         self._restore_by = now + config.connect_timeout
-        self.inbound.new_connection(self._v5, resumed, strange=connack.session_present and not resumed)
-        self._homeless_until = now + _HOMELESS_TIME if self.inbound.may_be_homeless else math.inf
+        self.inbound.new_connection(self._v5, resumed, connack.session_present and not resumed, now)
         # First the subscriptions: what is published on them by ourselves must find them.
         self._subscriber.connected(connack, resumed)
         self._outbound.connected(connack, self._v5, resumed)
@@ -352,10 +348,7 @@ class Session:
             self.ping_round_trip = time.monotonic() - asked
 
     def _subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
-        self.inbound.rehouse()
-        self.inbound.hand_over()
-        if self._homeless_until != math.inf:
-            self._homeless_until = time.monotonic() + _HOMELESS_TIME
+        self.inbound.subscribed(time.monotonic())
         self._subscriber.subscribe(entry, registration, waiter)
 
     def _until_next_duty(self) -> float:
@@ -378,14 +371,10 @@ class Session:
             return 0.0
         if now >= self._restore_by:
             raise ConnectionLostError("the broker did not acknowledge the subscriptions in time")
-        if now >= self._homeless_until:
-            self._homeless_until = math.inf
-            self.inbound.settle_homeless()
-            return 0.0  # the acknowledgements come first: the broker may wait for them
         suspicious = self._outbound.suspicion.look_again_at
         if suspicious <= now:
             suspicious = now + _SUSPECT_AGAIN  # there is no room to go on with it
-        due = min(liveness.deadline(), self._restore_by, self._homeless_until, suspicious, look_again)
+        due = min(liveness.deadline(), self._restore_by, self.inbound.tick(now), suspicious, look_again)
         if self._ready:
             due = min(due, self._companion.tick(now))
         return max(0.0, due - now)

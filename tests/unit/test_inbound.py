@@ -47,7 +47,7 @@ class Harness:
             self.offer,
             max_payload_bytes=max_payload_bytes,
         )
-        self.inbound.new_connection(v5, resumed=False, strange=False)
+        self.inbound.new_connection(v5, resumed=False, unknown_session=False, now=0.0)
 
     def offer(self, first: int, body: bytes) -> bool:
         self.elsewhere.append(body)
@@ -344,9 +344,9 @@ def test_a_new_session_has_no_stale_copies_and_an_old_one_still_may() -> None:
     harness = Harness()
     harness.subscribe("a/b")
     harness.receive("a/b", properties=harness.identifiers("a/b"))
-    harness.inbound.new_connection(True, resumed=True, strange=False)
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
     assert harness.receive("a/b", properties=STALE) == []
-    harness.inbound.new_connection(True, resumed=False, strange=True)
+    harness.inbound.new_connection(True, resumed=False, unknown_session=True, now=0.0)
     assert harness.receive("a/b", properties=STALE) == ["a/b"]
 
 
@@ -422,7 +422,7 @@ def test_a_redelivery_of_what_is_in_work_is_not_handled_twice() -> None:
     harness.subscribe("a")
     harness.enter("a", qos=1, packet_id=3)
     ((_, delivery),) = harness.deliveries()
-    harness.inbound.new_connection(True, resumed=True, strange=False)
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
     assert harness.receive("a", qos=1, packet_id=3, dup=True) == []
     assert acknowledged(harness) == []
     delivery.finish()
@@ -448,7 +448,7 @@ def test_what_was_entered_before_a_malformed_packet_is_handled_all_the_same() ->
     harness.subscribe("a")
     harness.enter("a", qos=1, packet_id=3)
     harness.dispatcher.bursts.clear()
-    harness.inbound.new_connection(True, resumed=True, strange=False)
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
     ((batch,),) = [list(burst.values()) for burst in harness.dispatcher.bursts]
     assert harness.receive("a", qos=1, packet_id=3, dup=True) == []
     batch[0].finish()
@@ -458,24 +458,24 @@ def test_what_was_entered_before_a_malformed_packet_is_handled_all_the_same() ->
 # -- before anybody has subscribed --------------------------------------------------------
 
 
-def strange_session() -> Harness:
+def unknown_session() -> Harness:
     harness = Harness()
-    harness.inbound.new_connection(True, resumed=False, strange=True)
+    harness.inbound.new_connection(True, resumed=False, unknown_session=True, now=0.0)
     return harness
 
 
 def test_messages_of_an_earlier_process_wait_for_this_one_to_subscribe() -> None:
     """It subscribes after connect(); acknowledged at once, they would be lost."""
-    harness = strange_session()
+    harness = unknown_session()
     for number in range(3):
         assert harness.receive("a/b", b"%d" % number, qos=1, packet_id=number + 1, properties=STALE) == []
     assert acknowledged(harness) == []
     harness.subscribe("other")
-    harness.inbound.rehouse()
+    harness.inbound.route_early()
     assert harness.deliveries() == []
     harness.subscribe("a/#", "first")
     harness.subscribe("a/b", "second")
-    harness.inbound.rehouse()
+    harness.inbound.route_early()
     deliveries = harness.deliveries()
     assert [(harness.names[consumer], each.message.payload) for consumer, each in deliveries] == [
         ("first", b"0"),
@@ -493,7 +493,7 @@ def test_messages_of_an_earlier_process_wait_for_this_one_to_subscribe() -> None
 
 
 def test_what_waited_comes_before_what_follows() -> None:
-    harness = strange_session()
+    harness = unknown_session()
     harness.enter("a", b"waited", qos=1, packet_id=1)
     harness.subscribe("a")
     harness.enter("a", b"followed", qos=1, packet_id=2)
@@ -501,11 +501,11 @@ def test_what_waited_comes_before_what_follows() -> None:
 
 
 def test_what_nobody_comes_for_is_acknowledged_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
-    harness = strange_session()
+    harness = unknown_session()
     harness.enter("a", qos=1, packet_id=1)
     harness.enter("b", qos=2, packet_id=2)
     assert acknowledged(harness) == []
-    harness.inbound.settle_homeless()
+    assert harness.inbound.tick(10.0) == 10.0
     assert acknowledged(harness) == [mqtt.puback(1), mqtt.pubrec(2)]
     assert harness.counters.dropped() == {"no_handler": 2}
     (warning,) = caplog.records
@@ -515,29 +515,29 @@ def test_what_nobody_comes_for_is_acknowledged_in_the_end(caplog: pytest.LogCapt
 
 
 def test_qos_0_waits_for_nobody() -> None:
-    harness = strange_session()
+    harness = unknown_session()
     harness.enter("a")
     assert harness.counters.dropped() == {"no_handler": 1}
     harness.subscribe("a")
-    harness.inbound.rehouse()
+    harness.inbound.route_early()
     assert harness.delivered() == []
 
 
 def test_a_session_of_our_own_has_nothing_that_waits() -> None:
     harness = Harness()
-    harness.inbound.new_connection(True, resumed=True, strange=False)
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
     harness.enter("a", qos=1, packet_id=1)
     assert acknowledged(harness) == [mqtt.puback(1)]
 
 
 def test_what_waits_goes_on_waiting_over_a_reconnect() -> None:
-    harness = strange_session()
+    harness = unknown_session()
     harness.enter("a", qos=1, packet_id=1)
-    harness.inbound.new_connection(True, resumed=True, strange=False)
-    assert harness.inbound.may_be_homeless
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
+    assert harness.inbound.tick(1.0) == inbound_module._EARLY_TIME
     assert harness.receive("a", qos=1, packet_id=1, dup=True) == []
     harness.subscribe("a")
-    harness.inbound.rehouse()
+    harness.inbound.route_early()
     ((_, delivery),) = harness.deliveries()
     assert acknowledged(harness) == []
     delivery.finish()
@@ -545,11 +545,11 @@ def test_what_waits_goes_on_waiting_over_a_reconnect() -> None:
 
 
 def test_what_waits_is_forgotten_with_its_session() -> None:
-    harness = strange_session()
+    harness = unknown_session()
     harness.enter("a", qos=1, packet_id=1)
-    harness.inbound.new_connection(True, resumed=False, strange=False)
+    harness.inbound.new_connection(True, resumed=False, unknown_session=False, now=0.0)
     harness.subscribe("a")
-    harness.inbound.rehouse()
+    harness.inbound.route_early()
     assert harness.delivered() == []
 
 
@@ -573,7 +573,7 @@ def test_what_a_shutdown_left_unhandled_is_handled_when_it_comes_again() -> None
     assert harness.receive("a", qos=1, packet_id=1) == ["a"]
     harness.inbound.close()
     harness.inbound.open()
-    harness.inbound.new_connection(True, resumed=True, strange=False)
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
     assert harness.receive("a", qos=1, packet_id=1, dup=True) == ["a"]
 
 
@@ -584,7 +584,7 @@ def test_what_is_in_work_over_a_disconnect_is_not_handled_twice() -> None:
     harness.enter("a", qos=1, packet_id=1)
     ((_, delivery),) = harness.deliveries()
     harness.inbound.open()
-    harness.inbound.new_connection(True, resumed=True, strange=False)
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=0.0)
     assert harness.receive("a", qos=1, packet_id=1, dup=True) == []
     delivery.finish()
     assert acknowledged(harness) == [mqtt.puback(1)]
