@@ -16,6 +16,7 @@ import attrs
 from tars_mqtt import rule
 from tars_mqtt.errors import ConfigError
 from tars_mqtt.settings import Overrides
+from tars_mqtt.topics import MAX_STRING_BYTES
 from tars_mqtt.url import BrokerURL, parse_proxy, parse_urls
 
 if TYPE_CHECKING:
@@ -406,9 +407,8 @@ def _url_conflicts(config: MQTTClientConfig) -> Iterator[tuple[str, str]]:
         for name in ("tls_ca", "tls_cert", "tls_key", "tls_key_password_file", "tls_insecure"):
             if getattr(config, name) not in (None, False):
                 yield name, "is for TLS: write mqtts:// or wss:// in mqtt_url, or remove it"
-    if (
-        config.username is None and config.credentials is None and config.protocol != "5"
-    ):  # [MQTT-3.1.2-22] of 3.1.1
+    # [MQTT-3.1.2-22] of 3.1.1
+    if config.username is None and config.credentials is None and config.protocol != "5":
         ours = config.password is not None or config.password_file is not None
         if any(url.username is None and (ours or url.password is not None) for url in config.urls):
             yield "username", "is required with a password, unless protocol is '5'"
@@ -439,7 +439,7 @@ def _warn_of_misspellings(environ: Mapping[str, str], prefix: str, known: Collec
 def _read_password(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            data = file.read(rule.MAX_BYTES + 3)  # room for the end of the line, and one byte too many
+            data = file.read(MAX_STRING_BYTES + 3)  # room for the end of the line, and one byte too many
     except OSError as error:
         raise ConfigError([f"password_file {str(path)!r} cannot be read: {error.strerror}"]) from error
     data = data.removesuffix(b"\n").removesuffix(b"\r")

@@ -75,7 +75,7 @@ def dead_letter_topic(template: str, topic: str) -> str:
 
 
 class DeadLetters:
-    """The dead letters of one subscription. Any thread; does not block."""
+    """The dead letters of one subscription. Any thread; waits for nothing but the disk of an outbox."""
 
     def __init__(self, template: str, topic_filter: str, outlet: Outlet, client_id: str) -> None:
         self._client_id = client_id

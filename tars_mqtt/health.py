@@ -26,7 +26,7 @@ from tars_mqtt.payload import (
 logger = logging.getLogger("tars_mqtt.health")
 
 _OVERTAKEN = 1.0
-"""Seconds after which the state is said again where an old one may have gone out behind it."""
+"""Seconds after `ready` until the state is repeated, where an old goodbye may have been sent behind it."""
 
 
 class Health:
@@ -73,9 +73,8 @@ class Health:
             complaint = self._complaint()
             # Each goes ahead of all that waits, so the last word is queued first.
             states = [state] if complaint is None else [complaint, state]
-            if all(
-                receipt.done() for receipt in self._announced
-            ):  # else one of a connection before is on its way
+            # Otherwise one of an earlier connection is still on its way.
+            if all(receipt.done() for receipt in self._announced):
                 self._announced.clear()
                 for each in states:
                     self._publish(each, greets=True)
@@ -84,9 +83,7 @@ class Health:
             # By then the broker has given up any older connection of ours, whose will says we are dead.
             self._repeat_at = math.inf if first else now + 1.5 * self._config.keepalive
             if self._farewell is not None and not self._farewell.done():
-                self._repeat_at = (
-                    now + _OVERTAKEN
-                )  # one that nobody had answered goes out behind the greeting
+                self._repeat_at = now + _OVERTAKEN
             self._farewell = None
         if self._config.enable_heartbeat:
             self._next_heartbeat = now + self._config.heartbeat_interval

@@ -86,8 +86,14 @@ class Outbox:
         OutboxError: The file cannot be opened, or another process has it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        wall_clock: Callable[[], float] = time.time,
+        client_id: str = "",
+    ) -> None:
         self.path = Path(path)
+        self._client_id = client_id
         self._wall_clock = wall_clock
         # Held by whoever uses the connection; a caller that finds it taken leaves its write to be shared.
         self._turn = threading.Lock()
@@ -253,6 +259,7 @@ class Outbox:
                 self.path,
                 error,
                 aside.name,
+                extra={"client_id": self._client_id},
             )
         try:
             return self._connect()

@@ -10,13 +10,10 @@ from typing import Any, Final, TypeAlias
 
 from tars_mqtt.errors import TopicError
 from tars_mqtt.payload import health_topic, heartbeat_topic
-from tars_mqtt.topics import check_topic
+from tars_mqtt.topics import MAX_STRING_BYTES, check_topic
 from tars_mqtt.url import parse_proxy, parse_urls
 
 Rule: TypeAlias = Callable[[Any], str | None]
-
-MAX_BYTES: Final = 65_535
-"""Of a string on the wire, by its length field of two bytes."""
 
 _LONGEST_WAIT: Final = 1_000_000.0  # eleven days; selectors count milliseconds in 32 bits, and overflow at 24
 
@@ -67,7 +64,8 @@ def text(forbidden: str, description: str, *, required: bool = False) -> Rule:
             return "must be a str"
         if pattern.search(value):
             return f"must not contain {description}"
-        return None if len(value.encode()) <= MAX_BYTES else f"must be at most {MAX_BYTES:,} bytes long"
+        size = len(value.encode())
+        return None if size <= MAX_STRING_BYTES else f"must be at most {MAX_STRING_BYTES:,} bytes long"
 
     return rule
 

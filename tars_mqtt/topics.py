@@ -12,7 +12,9 @@ from tars_mqtt.errors import TopicError
 
 __all__ = ["check_filter", "check_topic", "matches", "split_share", "topic_bytes"]
 
-_MAX_BYTES: Final = 65_535
+MAX_STRING_BYTES: Final = 65_535
+"""Of a string on the wire, by its length field of two bytes [MQTT-1.5.3]."""
+
 _SHARE: Final = "$share/"
 
 
@@ -112,9 +114,9 @@ def _encode(text: str, noun: str) -> bytes:
         raise TopicError(
             f"{noun} {_shown(text)} contains half of a surrogate pair, which UTF-8 cannot carry: remove it"
         ) from None
-    if len(encoded) > _MAX_BYTES:
+    if len(encoded) > MAX_STRING_BYTES:
         raise TopicError(
-            f"{noun} {_shown(text)} is {len(encoded):,} bytes long in UTF-8: {_MAX_BYTES:,} are allowed"
+            f"{noun} {_shown(text)} is {len(encoded):,} bytes long in UTF-8: {MAX_STRING_BYTES:,} are allowed"
         )
     return encoded
 

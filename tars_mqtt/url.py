@@ -12,6 +12,8 @@ from urllib.parse import quote, unquote, unquote_to_bytes
 
 import attrs
 
+from tars_mqtt.topics import MAX_STRING_BYTES
+
 __all__ = ["BrokerURL", "parse_proxy", "parse_urls"]
 
 _DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443, "mqtt+unix": 0}
@@ -28,7 +30,6 @@ _OTHER_NAMES: Final = {
     "mqtt+wss": "wss",
     "unix": "mqtt+unix",
 }
-_MAX_BYTES: Final = 65_535  # of a user name or a password, by their length field of two bytes
 _MAX_PROXY_BYTES: Final = 255  # of the same, in SOCKS [RFC 1929]
 _PARTS: Final = re.compile(r"([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?")  # RFC 3986, appendix B, after "://"
 _ADDRESS: Final = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::(.*))?")
@@ -95,7 +96,7 @@ class BrokerURL:
 
     @property
     def transport(self) -> Literal["tcp", "websockets", "unix"]:
-        """The transport, in paho's words."""
+        """How the bytes travel."""
         if self.scheme == "mqtt+unix":
             return "unix"
         return "websockets" if self.scheme in ("ws", "wss") else "tcp"
@@ -260,8 +261,8 @@ def _decode(text: str, noun: str) -> str:
     if _BAD_PERCENT.search(text):
         raise ValueError(f"the URL's {noun} has a '%' without two hexadecimal digits: write '%' as %25")
     decoded = unquote_to_bytes(text)
-    if len(decoded) > _MAX_BYTES:
-        raise ValueError(f"the URL's {noun} is longer than {_MAX_BYTES:,} bytes")
+    if len(decoded) > MAX_STRING_BYTES:
+        raise ValueError(f"the URL's {noun} is longer than {MAX_STRING_BYTES:,} bytes")
     if not _is_utf8(decoded):
         raise ValueError(
             f"the URL's {noun} does not decode to UTF-8: percent-encode the bytes of its UTF-8 form"

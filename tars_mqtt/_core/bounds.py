@@ -89,7 +89,7 @@ class Bounds:
             self._waiting -= 1
 
     def _refused(self, size: int) -> bool:
-        """Keep in mind what did not fit in; whether a smaller one might that waits for its call."""
+        """Note the size of a refused message; True when a smaller one that waits might still fit."""
         self._least = size if self._least is None else min(self._least, size)
         self._short = self._short or self.held_bytes + size > self._most_bytes
         return self._short and self._places() > 0
@@ -133,7 +133,7 @@ class Bounds:
             self._callbacks.append(callback)
 
     def pass_on(self) -> None:
-        """Somebody was refused, who may have been called: where a smaller one may fit in, all have a try."""
+        """A caller that was called did not fit: if a smaller message might, call back everybody who waits."""
         with self._lock:
             tell = self._smaller_may_fit and not self._all_called
             self._smaller_may_fit = False

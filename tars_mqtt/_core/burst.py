@@ -85,8 +85,9 @@ class Burst:
         """The worker ends in the middle: the delivery in work has failed, the rest is for another, after *delay*.
 
         Args:
-            from_outside: It is not the handler's doing, nor the message's. Then that has not failed but is handled
-                anew, once: should the loop be about to end, it stays unacknowledged.
+            from_outside: Somebody else has cancelled the task, which says nothing of the message. Once, that is handled
+                again without counting a failure; if the loop is about to end, it stays unacknowledged instead, and
+                the broker delivers it again.
         """
         batch, index = self._batch, self._index
         if self.turn is None or not batch:

@@ -32,7 +32,7 @@ class Claims:
         client_id: str,
     ) -> None:
         self.wanted = deduplicator is not None
-        """Without, every `claim` is granted, and needs not be asked for."""
+        """False without deduplication: callers may skip `claim`, which is always granted then."""
         self._deduplicator = deduplicator
         self._identity = identity
         self._correlation = correlation

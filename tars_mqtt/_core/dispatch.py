@@ -70,7 +70,7 @@ class Turn(NamedTuple):
     life: int
     """The life of the dispatcher that it belongs to; a turn of an earlier life changes nothing any more."""
     postponed: Sequence[Delivery] | None = None
-    """What had to wait for a retry; without, what waits in the lane."""
+    """Deliveries that waited for a retry; None to take new ones from the lane."""
 
     def next(self) -> Turn:
         """The one after this."""

@@ -51,7 +51,8 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 class Engine:
     """All that a client does, without saying how its caller waits.
 
-    Methods return at once, mostly a future or a receipt; what blocks is in its `life`. Any thread.
+    Methods return a future or a receipt, and do not wait for the broker; `submit` and `submit_event` may wait for
+    room, and for the disk. What waits for more is in its `life`. Any thread.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Engine:
             return
         from tars_mqtt.outbox import Outbox  # late: most services need no SQLite
 
-        outbox = Outbox(config.outbox)
+        outbox = Outbox(config.outbox, client_id=config.client_id)
         spool = Spool(outbox, self.dispatcher.timer.call_later, config.outbox_max_age, config.client_id)
         self.backlog.attach(spool, config.outbox_max_messages, config.outbox_max_bytes)
         if isinstance(self.deduplicator, DurableDeduplicator):
@@ -282,6 +283,7 @@ class Engine:
             retry_delay=options["retry_delay"],
             timeout=seconds(options["handler_timeout"], self.config.handler_timeout) or None,
             bury=None if template is None else DeadLetters(template, topic, self, self.config.client_id).bury,
+            client_id=self.config.client_id,
         )
 
     def _on_stuck_handler(self, topic: str | None) -> None:

@@ -56,7 +56,7 @@ class Lane(Protocol):
         """Remove and return everything."""
 
     def takes(self) -> int:
-        """How many times `take` is worth a try; only `push` and `finish` make it more."""
+        """How many calls of `take` would return something now; only `push` and `finish` make it more."""
 
     def __len__(self) -> int: ...
 

@@ -251,9 +251,8 @@ class Life:
     def call_off(self) -> None:
         """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""
         self._called_off = True
-        if (
-            self._attempts
-        ):  # without, what is queued goes out in the shutdown, if the broker comes back in time
+        # Where nobody waits, the shutdown goes on trying: what is queued goes out if the broker comes back in time.
+        if self._attempts:
             self._session.thread.interrupt()
 
     def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:

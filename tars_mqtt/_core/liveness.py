@@ -35,7 +35,7 @@ class Liveness:
             self.sent = now
 
     def excuse(self, now: float) -> None:
-        """We do not listen ourselves: silence says nothing.
+        """Reading is paused, so the broker's silence proves nothing: start the clock anew.
 
         An answer that is not read is not waited for; the broker needs its pings all the same.
         """

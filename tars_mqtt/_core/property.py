@@ -19,7 +19,7 @@ from tars_mqtt._core.wire import (
     decode_varint,
 )
 from tars_mqtt.errors import EncodeError, TopicError
-from tars_mqtt.topics import topic_bytes
+from tars_mqtt.topics import MAX_STRING_BYTES, topic_bytes
 
 _PAYLOAD_FORMAT: Final = 0x01
 _MESSAGE_EXPIRY: Final = 0x02
@@ -150,8 +150,8 @@ def _write_user_properties(value: object, path: str) -> list[bytes]:
 
 
 def _sized(raw: bytes, path: str) -> bytes:
-    if len(raw) > 65_535:
-        raise EncodeError(f"{path} takes {len(raw):,} bytes: 65,535 are allowed", path)
+    if len(raw) > MAX_STRING_BYTES:
+        raise EncodeError(f"{path} takes {len(raw):,} bytes: {MAX_STRING_BYTES:,} are allowed", path)
     return len(raw).to_bytes(2) + raw
 
 

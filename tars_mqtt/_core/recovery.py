@@ -45,6 +45,7 @@ class Recovery:
     """Seconds after which a handler that does not return counts as failed."""
     bury: Callable[[Delivery, Callable[[], None]], None] | None = None
     """Sends a delivery to the dead letters, and calls back when the broker has it."""
+    client_id: str = ""
 
     def verdict(self, error: BaseException) -> Outcome:
         """What it means that a handler raised *error*. A function of the user's that fails itself forbids nothing."""
@@ -55,7 +56,9 @@ class Recovery:
             try:
                 curable = bool(retry_on(error))
             except Exception:
-                logger.exception("retry_on failed on %s", type(error).__qualname__)
+                logger.exception(
+                    "retry_on failed on %s", type(error).__qualname__, extra={"client_id": self.client_id}
+                )
                 curable = True
         return Outcome.FAILED if curable else Outcome.HOPELESS
 

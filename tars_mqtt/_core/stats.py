@@ -33,7 +33,7 @@ class Stats:
         connections: Connections established.
         reconnects: Connections established after the first.
         queued: Outgoing messages held now, unacknowledged ones included.
-        queued_bytes: Their payload and topic bytes.
+        queued_bytes: The bytes of their topics, payloads and properties; of QoS 0, those of whole packets.
         inflight: Outgoing QoS 1/2 messages sent and not yet acknowledged.
         pending: Incoming messages that wait for a handler or are in work; one for each handler that takes it.
         last_error: The last failure of the connection, in words.

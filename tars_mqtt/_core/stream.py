@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dial import reason_of
+from tars_mqtt.topics import MAX_STRING_BYTES
 
 if TYPE_CHECKING:
     import ssl  # not before it is needed: it takes a tenth of the import
@@ -20,7 +21,7 @@ _RECEIVE_BYTES = 65_536
 _SMALL_BYTES = 1024
 """A read shorter than this is a few packets at rest, not a stream under way."""
 
-_MOST_HEAD_BYTES = 2 + 65_535 + 2
+_MOST_HEAD_BYTES = 2 + MAX_STRING_BYTES + 2
 """Of a PUBLISH: the longest topic with its length, and a packet id."""
 
 _TCP_ESTABLISHED = 1

@@ -52,7 +52,7 @@ class Websocket:
         return self._socket.fileno()
 
     def pending(self) -> int:
-        """How many bytes, at least, are to be had that no selector sees; the end of the stream is one."""
+        """Bytes, or more, that can be read though no selector says so; 1 at the end of the stream."""
         if self._closed or self._is_decodable(self._unread):
             return 1
         inner = getattr(self._socket, "pending", None)

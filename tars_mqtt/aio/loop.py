@@ -38,7 +38,9 @@ _MOST_CALLS = 256
 
 
 class Bridge:
-    """Runs calls from any thread on one event loop, with one wake-up per burst; lasting ones first, each kind in order.
+    """Runs calls from any thread on one event loop, with one wake-up per burst.
+
+    Lasting calls survive a loop that is closed, and run first; each kind keeps its order.
 
     Bound to the loop that is running when `bind` is called; calls from before wait for it.
     """
@@ -347,9 +349,9 @@ class LoopDispatcher(WorkerPool):
         return watch
 
     def _was_told(self, watch: TaskWatch) -> None:
-        """Its time is up: whoever is still there after as long again will not leave.
+        """The handler was cancelled at its time limit; if it still runs after as long again, it is given up.
 
-        From now on, for a loop that was held up may see to it long after it was due.
+        As long from now, since a loop that was held up may come here long after the limit.
         """
         watch.timer = watch.task.get_loop().call_later(watch.timeout, self._give_up_task, watch)
 
