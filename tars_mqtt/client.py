@@ -16,7 +16,7 @@ from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import ConnectionState
-from tars_mqtt._core.stats import Counters, Stats
+from tars_mqtt._core.stats import Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.config import MQTTClientConfig
@@ -80,7 +80,7 @@ class MQTTClient:
                 raise ConfigError(
                     [f"{name} is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"]
                 )
-        self._engine = Engine(config, _worker_pool)
+        self._engine = Engine(config, WorkerPool)
         self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
@@ -431,15 +431,6 @@ class MQTTClient:
         registration = self._engine.register(topic, qos, None, None, {})
         subscription = self._subscribed(registration, self.config.connect_timeout)
         return MessageIterator(self._engine, subscription, registration)
-
-
-def _worker_pool(
-    config: MQTTClientConfig,
-    counters: Counters,
-    acknowledge: Callable[[], None],
-    stuck: Callable[[str | None], None],
-) -> WorkerPool:
-    return WorkerPool(config.workers, config.max_pending, counters, acknowledge, config.client_id, stuck)
 
 
 def _rest(limit: float | None, started: float) -> float | None:

@@ -17,6 +17,7 @@ from tars_mqtt._core.recovery import Outcome, Recovery
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
 from tars_mqtt._core.timer import Timer
+from tars_mqtt.config import MQTTClientConfig
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -80,22 +81,20 @@ class Turn(NamedTuple):
 class Dispatcher:
     """Keeps what waits within bounds; a subclass calls the handlers.
 
+    At most ``max_pending`` deliveries wait or are in work, over all consumers. Beyond it the oldest of QoS 0 is given
+    up; QoS 1 and 2 are never refused here, the missing acknowledgements hold the broker back.
+
     Args:
-        max_pending: Deliveries waiting or in work, over all consumers. Beyond it the oldest of
-            QoS 0 is given up; QoS 1/2 are never refused here, the missing acknowledgements hold
-            the broker back.
         acknowledge: Called, on the thread that finished the work, when an acknowledgement is due.
     """
 
-    def __init__(
-        self, max_pending: int, counters: Counters, acknowledge: Callable[[], None], client_id: str
-    ) -> None:
-        self._max_pending = max_pending
+    def __init__(self, config: MQTTClientConfig, counters: Counters, acknowledge: Callable[[], None]) -> None:
+        self._max_pending = config.max_pending
         self._counters = counters
         self._acknowledge = acknowledge
-        self._client_id = client_id
+        self._client_id = config.client_id
         self._overflow = Throttle()
-        self.timer = Timer(client_id)
+        self.timer = Timer(config.client_id)
         # Guarded by _lock:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)

@@ -17,6 +17,7 @@ from tars_mqtt._core.burst import Burst
 from tars_mqtt._core.dispatch import Dispatcher, Turn
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.stats import Counters
+from tars_mqtt.config import MQTTClientConfig
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -37,10 +38,10 @@ class Watch:
 
 
 class WorkerPool(Dispatcher):
-    """Calls handlers on at most *workers* threads, started when first needed.
+    """Calls handlers on at most ``workers`` threads, started when first needed.
 
     A handler that exceeds its time limit keeps its thread until it returns; another thread takes
-    the place, as long as no more than *workers* are stuck so.
+    the place, as long as no more than ``workers`` are stuck so.
 
     Args:
         stuck: Called when a handler exceeds its time limit, with the message's topic, and with None
@@ -49,15 +50,13 @@ class WorkerPool(Dispatcher):
 
     def __init__(
         self,
-        workers: int,
-        max_pending: int,
+        config: MQTTClientConfig,
         counters: Counters,
         acknowledge: Callable[[], None],
-        client_id: str,
-        stuck: Callable[[str | None], None] = lambda _: None,
+        stuck: Callable[[str | None], None],
     ) -> None:
-        super().__init__(max_pending, counters, acknowledge, client_id)
-        self._workers = workers
+        super().__init__(config, counters, acknowledge)
+        self._workers = config.workers
         self._tell_stuck = stuck
         self._names = 0
         # Guarded by _lock:

@@ -21,7 +21,7 @@ from tars_mqtt._core.life import Attempt
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import TRYING, ConnectionState
-from tars_mqtt._core.stats import Counters, Stats
+from tars_mqtt._core.stats import Stats
 from tars_mqtt._core.timeout import DEFAULT, Timeout, seconds
 from tars_mqtt.aio.direct import PahoFace
 from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
@@ -65,7 +65,10 @@ class MQTTClient:
 
     def _start_up(self, config: MQTTClientConfig) -> None:
         self._bridge = Bridge()
-        self._engine = Engine(config, self._make_dispatcher, self._bridge.start_call)
+        self._engine = Engine(config, partial(LoopDispatcher, self._bridge), self._bridge.start_call)
+        dispatcher = self._engine.dispatcher
+        assert isinstance(dispatcher, LoopDispatcher)
+        self._dispatcher = dispatcher
         self._backlog = self._engine.backlog
         self._room = Room(self._backlog, self._bridge)
         self._publish_timeout = config.publish_timeout
@@ -73,18 +76,6 @@ class MQTTClient:
         self._blocking_calls: set[asyncio.Future[Any]] = set()
         self._stop: asyncio.Event | None = None
         self._paho = PahoFace(self)
-
-    def _make_dispatcher(
-        self,
-        config: MQTTClientConfig,
-        counters: Counters,
-        acknowledge: Callable[[], None],
-        stuck: Callable[[str | None], None],
-    ) -> LoopDispatcher:
-        self._dispatcher = LoopDispatcher(
-            self._bridge, config.workers, config.max_pending, counters, acknowledge, config.client_id, stuck
-        )
-        return self._dispatcher
 
     def __repr__(self) -> str:
         return f"<aio.MQTTClient {self.config.client_id!r} at {self.config.urls[0]}, {self.state.value}>"

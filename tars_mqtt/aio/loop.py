@@ -22,7 +22,9 @@ from tars_mqtt._core.dispatch import Turn
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
+from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.workers import WorkerPool
+from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.context import current_message
 
 logger = logging.getLogger("tars_mqtt.dispatch")
@@ -160,8 +162,15 @@ class LoopDispatcher(WorkerPool):
     `stop` and `wait_idle` block: call them on another thread than the loop's.
     """
 
-    def __init__(self, bridge: Bridge, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        bridge: Bridge,
+        config: MQTTClientConfig,
+        counters: Counters,
+        acknowledge: Callable[[], None],
+        stuck: Callable[[str | None], None],
+    ) -> None:
+        super().__init__(config, counters, acknowledge, stuck)
         self._bridge = bridge
         self._called = False
         """Whether the loop is about to look at its turns."""

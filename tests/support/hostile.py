@@ -140,9 +140,7 @@ def besiege(
         keepalive=65_535,
         connect_timeout=10_000.0,  # how long it takes is the machine's doing
     )
-    engine = Engine(
-        config, lambda config, counters, wake, _: Handlers(config.max_pending, counters, wake, "")
-    )
+    engine = Engine(config, lambda config, counters, wake, _: Handlers(config, counters, wake))
     assert isinstance(engine.dispatcher, Handlers)
     engine.dispatcher.finishes = finishes
     session = engine._session

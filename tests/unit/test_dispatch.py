@@ -10,6 +10,7 @@ from typing import Self
 
 import pytest
 
+from tars_mqtt import MQTTClientConfig
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.lane import Delivery, Fifo, Keyed
 from tars_mqtt._core.recovery import Outcome, Recovery
@@ -52,9 +53,14 @@ def deliveries(*names: str) -> list[Delivery]:
     return [Delivery(Message("t", name.encode()), None, name.partition(":")[0]) for name in names]
 
 
+def new_pool(workers: int, counters: Counters) -> WorkerPool:
+    config = MQTTClientConfig("mqtt://localhost", "test", workers=workers)
+    return WorkerPool(config, counters, lambda: None, lambda _: None)
+
+
 @contextmanager
 def a_pool(workers: int) -> Iterator[WorkerPool]:
-    pool = WorkerPool(workers, 10_000, Counters(), lambda: None, "test")
+    pool = new_pool(workers, Counters())
     try:
         yield pool
     finally:
@@ -246,7 +252,7 @@ def test_what_a_worker_was_woken_for_may_be_gone_when_it_comes() -> None:
 def test_a_pool_that_was_stopped_begins_anew_and_what_waited_is_counted() -> None:
     handling = Handling()
     handling.hold("1")
-    pool = WorkerPool(1, 10_000, counters := Counters(), lambda: None, "test")
+    pool = new_pool(1, counters := Counters())
     first = consumer(pool, handling)
     pool.submit({first: deliveries("1", "2", "3")})
     eventually(lambda: handling.inside == ["1"])

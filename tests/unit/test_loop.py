@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tars_mqtt import MQTTClientConfig
 from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.handler import HandlerCall
@@ -37,7 +38,8 @@ class Harness:
         self.counters = Counters()
         bridge = Bridge()
         bridge.bind(asyncio.get_running_loop())
-        self.dispatcher = LoopDispatcher(bridge, 1, 10_000, self.counters, lambda: None, "test")
+        config = MQTTClientConfig("mqtt://localhost", "test", workers=1)
+        self.dispatcher = LoopDispatcher(bridge, config, self.counters, lambda: None, lambda _: None)
 
     def consumer(self, handler: Callable[[bytes], Awaitable[Any]]) -> Consumer:
         claims = Claims(None, "t", "field", self.counters, "test")
