@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Protocol
 
 import attrs
@@ -114,25 +113,18 @@ class Life:
             attempt.first.result(_until(deadline))
             if not attempt.starts:  # the first connection was there, even if it is gone by now
                 self._await_connection(deadline)
+        except BaseException as error:
+            told = self.failed(attempt, timeout, error)
+            raise told from told.__cause__
+        else:
             self.came_about(attempt)
-        except FutureTimeoutError:
-            raise self.timed_out(attempt, timeout) from None
-        except SubscribeError as error:
-            self.came_about(attempt)
-            raise fresh(error) from error.__cause__
-        except TarsMQTTError as error:
-            self.failed(attempt)
-            raise fresh(error) from error.__cause__
-        except BaseException:  # Ctrl-C, as a rule
-            self.give_up(attempt)
-            raise
         finally:
             self.over(attempt)
 
     def _await_connection(self, deadline: float) -> None:
         """Wait for the connection of a client that had one already, and is about to get the next."""
         if not self._state.wait(lambda state: state not in TRYING, _until(deadline)):
-            raise FutureTimeoutError
+            raise TimeoutError
         self.check_not_left()
 
     def check_not_left(self) -> None:
@@ -144,7 +136,7 @@ class Life:
         ):
             raise ClosedError("the client left the broker while it connected")
 
-    # The parts of `connect`, for callers that wait in another way: `begin`, and `over` in the end.
+    # The parts of `connect`, for callers that wait in another way: `begin`, then `came_about` or `failed`, and `over`.
 
     def begin(self, timeout: float | None) -> Attempt:
         """Start if needed; what is to be waited for then is in the attempt.
@@ -211,8 +203,33 @@ class Life:
                 ) from error
             raise
 
-    def timed_out(self, attempt: Attempt, timeout: float) -> ConnectError:
-        """The caller has waited long enough: what to tell them. Stops what nobody else waits for."""
+    def came_about(self, attempt: Attempt) -> None:
+        """The caller has the connection that it waited for: nobody else may take it away by giving up."""
+        self._has_come = attempt.first
+
+    def over(self, attempt: Attempt) -> None:
+        """Nobody waits for it any more."""
+        self._attempts.discard(attempt)
+
+    def failed(self, attempt: Attempt, timeout: float | None, error: BaseException) -> BaseException:
+        """The caller waits no longer, because of *error*; stops what nobody else waits for.
+
+        Returns:
+            What to raise in its place, with the cause that it has.
+        """
+        if isinstance(error, TimeoutError):
+            return self._timed_out(attempt, timeout or 0.0)
+        if isinstance(error, SubscribeError):
+            self.came_about(attempt)
+            return fresh(error)
+        if isinstance(error, TarsMQTTError):
+            if attempt.starts:  # there will be no connection: leave nothing running
+                self.stop_network(0.0, attempt.first)
+            return fresh(error)
+        self.give_up(attempt)  # it was cancelled; Ctrl-C, as a rule, where there is no loop
+        return error
+
+    def _timed_out(self, attempt: Attempt, timeout: float) -> ConnectError:
         reason = self._session.last_error
         stopped = self.give_up(attempt)
         return ConnectError(
@@ -221,11 +238,6 @@ class Life:
             + "; check mqtt_url, and whether a broker runs there"
             + ("" if stopped else ". The client keeps trying")
         )
-
-    def failed(self, attempt: Attempt) -> None:
-        """There will be no connection: leave nothing running."""
-        if attempt.starts:
-            self.stop_network(0.0, attempt.first)
 
     def give_up(self, attempt: Attempt) -> bool:
         """The caller waits no longer. Stops what nobody else waits for; True if nothing runs then."""
@@ -239,14 +251,6 @@ class Life:
                 return False
             self._stop_network(0.0, attempt.first)
             return True
-
-    def came_about(self, attempt: Attempt) -> None:
-        """Somebody has the connection that was waited for: nobody else may take it away by giving up."""
-        self._has_come = attempt.first
-
-    def over(self, attempt: Attempt) -> None:
-        """Nobody waits for it any more."""
-        self._attempts.discard(attempt)
 
     def call_off(self) -> None:
         """Have a `connect` that waits, or is about to, end with `ClosedError`. For signal handlers too."""

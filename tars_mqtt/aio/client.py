@@ -29,7 +29,7 @@ from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.room import Room
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError, TarsMQTTError, fresh
+from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError
 from tars_mqtt.settings import Overrides, Settings
 from tars_mqtt.topics import check_filter
 
@@ -123,22 +123,14 @@ class MQTTClient:
             await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit))))
             await self._connected(attempts[0], deadline)
             life.came_about(attempts[0])
-        except TimeoutError:
-            raise await _to_the_end(self._blocking(life.timed_out, attempts[0], limit)) from None
-        except SubscribeError as error:
-            life.came_about(attempts[0])
-            raise fresh(error) from error.__cause__
-        except TarsMQTTError as error:
-            if attempts:
-                await _to_the_end(self._blocking(life.failed, attempts[0]))
-            raise fresh(error) from error.__cause__
-        except asyncio.CancelledError:
-            if attempts:
-                await _to_the_end(self._blocking(life.give_up, attempts[0]))
-            raise
+        except (Exception, asyncio.CancelledError) as error:
+            if not attempts:
+                raise
+            told = await _to_the_end(self._blocking(life.failed, attempts[0], limit, error))
+            raise told from told.__cause__
         finally:
-            if attempts:
-                life.over(attempts[0])
+            for attempt in attempts:
+                life.over(attempt)  # also where the loop ends, and nothing can be awaited
             if self.state is ConnectionState.DISCONNECTED:
                 self._release_executor()
 
