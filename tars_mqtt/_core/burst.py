@@ -12,6 +12,7 @@ from tars_mqtt._core.recovery import Outcome
 if TYPE_CHECKING:
     from tars_mqtt._core.dispatch import Dispatcher, Turn
     from tars_mqtt._core.lane import Delivery
+    from tars_mqtt.message import Message
 
 in_work: ContextVar[tuple[Burst, int] | None] = ContextVar("in_work", default=None)
 """Inside a handler, and in what it has started: its worker's burst, and the number that this had."""
@@ -45,9 +46,14 @@ class Burst:
         self._postponed = False
         self._started = monotonic()
 
-    def in_work_as(self, number: int) -> bool:
-        """Whether what had this *number* is still in work."""
-        return self.number == number and self.turn is not None
+    def in_work_as(self, number: int, message: Message | None) -> bool:
+        """Whether the handler is still at *message*, in the burst that had this *number*."""
+        return (
+            self.number == number
+            and self.turn is not None
+            and self._index < len(self._batch)
+            and self._batch[self._index].message is message
+        )
 
     def __iter__(self) -> Iterator[Delivery]:
         """What is to be handled, one after the other; say how each `came_out`."""

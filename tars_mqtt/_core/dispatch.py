@@ -18,6 +18,7 @@ from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
 from tars_mqtt._core.timer import Timer
 from tars_mqtt.config import MQTTClientConfig
+from tars_mqtt.context import current_message
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -217,7 +218,9 @@ class Dispatcher:
     def in_handler(self) -> bool:
         """Whether this runs inside a handler, or in what one has started that is still in work."""
         burst, number = in_work.get() or (None, 0)
-        return burst is not None and burst.in_work_as(number) and burst.dispatcher is self
+        return (
+            burst is not None and burst.dispatcher is self and burst.in_work_as(number, current_message.get())
+        )
 
     def wait_idle(self, timeout: float, reader: object) -> bool:
         """Wait until nothing waits or is in work. Not in a handler.

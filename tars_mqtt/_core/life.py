@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Protocol
 
 import attrs
@@ -286,11 +286,14 @@ class Life:
     def disconnect(self) -> None:
         """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""
         self.check()
+        first = (
+            self._first
+        )  # of this life: while the goodbye is waited for, others may end it, and begin the next
         if not self._session.thread.running:
             return
         deadline = time.monotonic() + self._config.shutdown_timeout
         self._say_goodbye("disconnected", deadline)
-        if not self.stop_network(_until(deadline)):
+        if not self.stop_network(_until(deadline), first):
             logger.warning(
                 "disconnect: the network thread is stuck in the operating system",
                 extra={"client_id": self._config.client_id},
@@ -300,7 +303,7 @@ class Life:
         if self._state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._backlog.online:
             receipt = self._herald.goodbye(event)
             if receipt is not None:
-                with contextlib.suppress(TarsMQTTError):
+                with contextlib.suppress(TarsMQTTError, CancelledError):  # a new life takes the goodbye back
                     receipt.result(max(0.0, deadline - time.monotonic()))
 
     def shutdown(self, timeout: float | None, reader: object) -> None:

@@ -157,8 +157,8 @@ class Control:
 
     @property
     def has_asked(self) -> bool:
-        """Whether more was written than CONNECT, so that the broker may have answers, or messages."""
-        return self._port is not None and self._port.packets_sent > 1
+        """Whether more was written than CONNECT and DISCONNECT, so that the broker may have answers, or messages."""
+        return self._port is not None and self._port.packets_sent > 2
 
     def write(self) -> None:
         """Let paho write what it has."""

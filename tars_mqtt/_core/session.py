@@ -105,7 +105,7 @@ class Session:
         self._v5 = True
         self._hang_ups = 0
         self._ready = False
-        self._has_earlier_subscriptions = False
+        self._broker_talks = False
         self._liveness = Liveness(1.0, 1.0, 0.0, 0.0)
         self._restore_by = math.inf
 
@@ -247,7 +247,7 @@ class Session:
         # A session of another broker, or of an earlier process, is not the one that we know.
         resumed = connack.session_present and connection.url == self._broker
         self._broker = connection.url
-        self._has_earlier_subscriptions = connack.session_present
+        self._broker_talks = connack.session_present
         keepalive = float(connack.keepalive or config.keepalive)
         patience = 1.5 * keepalive
         if config.enable_heartbeat:
@@ -314,6 +314,7 @@ class Session:
                 raise ConnectionLostError("the broker sent a second CONNACK")
 
     def _on_packets(self, packets: list[tuple[int, bytes]]) -> None:
+        self._broker_talks = True
         inbound = self.inbound
         for first, body in packets:
             kind = first & 0xF0
@@ -415,9 +416,7 @@ class Session:
         while self._outbound.pump(transport.write_all, transport.unsent_bytes):
             if not transport.flush(deadline):
                 break
-        owed = (
-            self._has_earlier_subscriptions or self._outbound.inflight > 0 or self._liveness.asked is not None
-        )
+        owed = self._broker_talks or self._outbound.inflight > 0 or self._liveness.asked is not None
         if transport.disconnect(deadline, owed):
             self._outbound.all_sent()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeGuard
@@ -292,6 +293,20 @@ class Stream:
         if type(self._socket) is socket.socket:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
+
+    @property
+    def undelivered_bytes(self) -> int:
+        """What the system still holds for the peer. Known on Linux; else 0."""
+        if sys.platform != "linux":
+            return 0
+        import fcntl  # neither is there on Windows
+        import termios
+
+        try:
+            answer = fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4))
+        except OSError:
+            return 0
+        return int.from_bytes(answer, sys.byteorder)
 
     def close(self) -> None:
         """Close the socket. Idempotent."""

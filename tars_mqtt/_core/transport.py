@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from tars_mqtt._core.paho import Control
 
 _LAST_WORDS_TIME = 1.0
-"""Seconds within which a broker closes a connection that was left, or is not waited for."""
+"""Seconds for which a broker may neither take nor send anything on a connection that was left, before it closes it."""
+
+_LOOK = 0.1
+"""Seconds between two looks at what nobody tells."""
 
 _DIALOGUE_GAP = 0.00005
 """Seconds between two messages that do not come one right after the other."""
@@ -254,7 +257,7 @@ class Transport:
                     return False
                 self._watch(stream, selectors.EVENT_WRITE)
                 self.acknowledge_wake()  # or each look would be over at once
-                self._select(min(remaining, 0.1))
+                self._select(min(remaining, _LOOK))
             return True
         return False
 
@@ -263,17 +266,16 @@ class Transport:
 
         Args:
             deadline: On the monotonic clock.
-            owed: Whether the broker may still send, beside what was asked for through here.
+            owed: Whether the broker may still send something, beside the answers to what paho has written.
         """
         if self._stream is None:
             return False
-        owed = owed or self._control.has_asked
         self._stream.send_no_more()
         with contextlib.suppress(ConnectionLostError):
-            self._control.disconnect()
+            self._control.disconnect()  # behind what paho still had to write
             if self.flush(deadline):
-                if owed:
-                    self._read_to_the_end(min(deadline, time.monotonic() + _LAST_WORDS_TIME))
+                if owed or self._control.has_asked:
+                    self._read_to_the_end(deadline)
                 return True
         return False
 
@@ -286,12 +288,18 @@ class Transport:
         stream = self._stream
         assert stream is not None
         stream.finish()
+        undelivered = stream.undelivered_bytes
+        active = time.monotonic()
         with contextlib.suppress(ConnectionLostError, wire.MalformedPacketError):
-            while (remaining := deadline - time.monotonic()) > 0:
+            while (left := min(deadline, active + _LAST_WORDS_TIME) - time.monotonic()) > 0:
                 self._watch(stream, selectors.EVENT_READ)
                 self.acknowledge_wake()
-                if self._select(remaining):
+                comes = self._select(min(left, _LOOK))
+                if comes:
                     stream.receive()
+                before, undelivered = undelivered, stream.undelivered_bytes
+                if comes or undelivered < before:
+                    active = time.monotonic()
 
     def drop(self) -> int:
         """Close the connection without a word; returns `Stream.cut_short`. Idempotent."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tars_mqtt import PublishError
-from tests.support import FaultProxy, Traffic, eventually
+from tests.support import Broker, FaultProxy, Traffic, eventually
+from tests.support.thread import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +112,31 @@ def test_a_narrow_link_is_waited_for(make_client, network: FaultProxy) -> None:
     assert receipt.result(20) == receipt.envelope_id
     traffic.assert_nothing_is_lost()
     assert traffic.publisher.stats().connections == 1
+
+
+def test_who_leaves_over_a_narrow_link_waits_for_a_broker_that_still_reads(
+    make_client, network: FaultProxy, broker: Broker
+) -> None:
+    """Closed in the middle, with something still coming, the connection would be reset, and the rest lost."""
+    talker = make_client(broker.url)
+    talker.connect()
+    received: list[bytes] = []
+    talker.subscribe("burst", received.append)
+    client = make_client(network.url, "leaving")
+    client.subscribe("chat", lambda _: None)
+    client.connect()
+    network.bandwidth(1_500_000)
+    for _ in range(1500):
+        client.publish("burst", b"x" * 3000)
+    leaving = in_thread(client.shutdown, 20)
+
+    def all_came() -> bool:
+        talker.publish("chat", b"x")
+        return leaving.done() and len(received) == 1500
+
+    eventually(all_came)
+    leaving.result(0)
+    eventually(lambda: "Received DISCONNECT from leaving" in broker.log)
 
 
 # -- spoilt bytes -------------------------------------------------------------------------------------

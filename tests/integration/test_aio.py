@@ -774,6 +774,35 @@ async def test_a_handler_that_shuts_down_twice_at_once_is_finished_first(broker:
     await until(lambda: "blocking" not in str(threading.enumerate()))
 
 
+async def test_a_task_that_outlives_its_handler_is_in_no_handler(broker: Broker) -> None:
+    """Not even while the worker of that handler has another message in work: a shutdown waits for that."""
+    client = MQTTClient(broker.url, "me", **QUICK)
+    tasks: list[asyncio.Task[None]] = []
+    may_stop = asyncio.Event()
+    handled: list[bytes] = []
+
+    async def stop() -> None:
+        await may_stop.wait()
+        await client.shutdown(20)
+        assert client.state is ConnectionState.CLOSED
+        assert handled[-1] == b"slow"
+
+    async def handler(payload: bytes) -> None:
+        if payload == b"start":
+            tasks.append(asyncio.create_task(stop()))
+        if payload == b"slow":
+            may_stop.set()
+            await asyncio.sleep(0.3)
+        handled.append(payload)
+
+    await client.subscribe("a", handler, 1)
+    await client.connect()
+    payloads = [b"x"] * 100 + [b"start", b"slow"]  # in one burst, once those have grown
+    await asyncio.gather(*(client.publish("a", payload, qos=1) for payload in payloads))
+    await until(lambda: bool(tasks))
+    await tasks[0]
+
+
 def test_a_loop_that_ends_in_the_middle_of_a_connect_leaves_nothing_behind(broker: Broker) -> None:
     clients: list[MQTTClient] = []
 

@@ -91,6 +91,23 @@ def test_the_broker_is_awaited_where_it_may_still_send(make_client, monkeypatch,
         assert broker.wait_for(PacketType.DISCONNECT)
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_what_was_just_published_through_paho_itself_leaves_with_the_goodbye(make_client, broker, protocol):
+    """It lies with paho until the network thread has it written; and its answers are still to come then."""
+    received = []
+    other = make_client(broker.url)
+    other.subscribe("a/+", received.append)
+    other.connect()
+    for number in range(10):
+        client = make_client(broker.url, protocol=protocol)
+        client.connect()
+        direct = getattr(client, "unwrapped", client)._engine.client
+        for _ in range(20):
+            direct.publish(f"a/{number}", b"x" * 1000, qos=1)
+        client.shutdown()
+    eventually(lambda: len(received) == 200)
+
+
 def test_qos_0_that_leaves_with_the_goodbye_is_not_called_lost(make_client):
     """The broker begins to read when the client is about to go."""
     seen: list[PacketType] = []
@@ -347,6 +364,28 @@ def test_shutdown_twice_and_before_any_connect(make_client, broker, leak_check):
 def test_a_client_that_is_never_used_holds_nothing(make_client, leak_check):
     make_client("mqtt://127.0.0.1")
     assert leak_check.leaks() == []
+
+
+def test_a_disconnect_whose_goodbye_is_overtaken_leaves_the_next_connection_alone(make_client, proxy):
+    """And raises nothing, though its goodbye is taken back."""
+    slow = {"reconnect_min_delay": 30, "reconnect_max_delay": 30}
+    client = make_client(proxy.url, enable_health=True, max_inflight=1, **slow)
+    client.connect()
+    eventually(lambda: client.stats().acknowledged == 1)
+    proxy.stall()
+    client.submit_event("x", "n", 1, qos=1)  # the window is full: the goodbye waits
+    eventually(lambda: client.stats().inflight == 1)
+    leaving = in_thread(client.disconnect)
+    eventually(lambda: client.stats().queued == 2)
+    proxy.refuse()
+    proxy.cut()
+    eventually(lambda: not client.connected)
+    proxy.resume()
+    proxy.accept()
+    client.disconnect()
+    client.connect()
+    leaving.result(15)
+    assert client.connected
 
 
 def test_shutdown_while_connect_waits_ends_both(make_client, leak_check):
