@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -103,6 +103,8 @@ class Connector:
         """
         failures: list[ConnectError | ConfigError] = []
         until = time.monotonic() + self._config.connect_timeout
+        # What the user's functions take must leave time for the brokers.
+        self._secrets.ask(self.url, Limit(until, called_off).share(2))
         for left in range(len(self._urls), 0, -1):
             # A silent broker must leave the others time.
             end = min(until, wanted_by) if left > 1 and wanted_by > time.monotonic() else until
@@ -120,15 +122,12 @@ class Connector:
         raise ConnectError(text) if curable(first) else LastingError(text)
 
     def _try(self, url: BrokerURL, limit: Limit) -> Connection:
-        # What the user's functions take must leave time for the broker.
-        to_ask = limit.share(2)
-        login = self._secrets.login(url, to_ask)
-        headers = self._secrets.headers(url, to_ask)
+        login = self._secrets.login(url)
         versions = self._versions(url)
         for number, version in enumerate(versions, start=1):
             last = number == len(versions)
             try:
-                connection = self._handshake(url, version, login, headers, limit, last)
+                connection = self._handshake(url, version, login, limit, last)
             except VersionRefusedError as error:
                 self._transport.drop()
                 self._spoken.pop(url, None)
@@ -158,7 +157,6 @@ class Connector:
         url: BrokerURL,
         version: int,
         login: Login,
-        headers: Mapping[str, str],
         limit: Limit,
         last: bool,
     ) -> Connection:
@@ -177,7 +175,7 @@ class Connector:
             will=self._will(),
         )
         try:
-            self._transport.open(self._reach(url, headers, limit), request)
+            self._transport.open(self._reach(url, limit), request)
             # A broker that does not answer MQTT 5 must leave time for the other version.
             connack, events = self._await_connack(limit if last else limit.share(2))
         except TLSAlertError as error:
@@ -194,7 +192,7 @@ class Connector:
         _check(connack, url)
         return Connection(url=url, version=version, connack=connack, events=events)
 
-    def _reach(self, url: BrokerURL, headers: Mapping[str, str], limit: Limit) -> Any:
+    def _reach(self, url: BrokerURL, limit: Limit) -> Any:
         """A socket, or what can stand in for one, on which the broker expects CONNECT."""
         sock: Any
         if self._proxy is None or url.transport == "unix":
@@ -210,7 +208,7 @@ class Connector:
         if url.transport == "websockets":
             from tars_mqtt._core.websocket import upgrade
 
-            sock = upgrade(sock, url, headers, limit)
+            sock = upgrade(sock, url, self._secrets.headers, limit)
         return sock
 
     def _await_connack(self, limit: Limit) -> tuple[Connack, list[Event]]:

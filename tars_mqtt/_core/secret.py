@@ -25,31 +25,37 @@ class Secrets:
     def __init__(self, config: MQTTClientConfig, aside: Aside) -> None:
         self._config = config
         self._aside = aside
+        self._login: Login | None = None
+        self._headers: Mapping[str, str] = {}
 
-    def login(self, url: BrokerURL, limit: Limit) -> Login:
+    def ask(self, url: BrokerURL, limit: Limit) -> None:
+        """Ask the user's functions, once for all brokers of an attempt, of which *url* is the first.
+
+        Raises:
+            ConnectError: A function failed, took too long, or returned something else.
+            Interrupted: The attempt was called off.
+        """
+        config = self._config
+        if config.credentials is not None:
+            self._login = self._ask("credentials", config.credentials, _wrong_login, url, limit)
+        headers = config.ws_headers
+        if callable(headers) and any(each.transport == "websockets" for each in config.urls):
+            headers = self._ask("ws_headers", headers, _wrong_headers, url, limit)
+        if isinstance(headers, Mapping):
+            self._headers = headers
+
+    def login(self, url: BrokerURL) -> Login:
         """User name and password.
 
         Raises:
-            ConnectError: The function failed, took too long, or returned something else.
             ConfigError: The file with the password cannot be used.
-            Interrupted: The attempt was called off.
         """
-        ask = self._config.credentials
-        if ask is None:
-            return self._config.user_and_password(url)
-        answer: Login = self._ask("credentials", ask, _wrong_login, url, limit)
-        return answer
+        return self._config.user_and_password(url) if self._login is None else self._login
 
-    def headers(self, url: BrokerURL, limit: Limit) -> Mapping[str, str]:
-        """What a websocket's handshake says beside the headers of the standard. Raises as `login`."""
-        headers = self._config.ws_headers
-        if headers is None or url.transport != "websockets":
-            return {}
-        if isinstance(headers, Mapping):
-            return headers
-        assert not isinstance(headers, str), "the settings are checked"
-        answer: Mapping[str, str] = self._ask("ws_headers", headers, _wrong_headers, url, limit)
-        return answer
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What a websocket's handshake says beside the headers of the standard."""
+        return self._headers
 
     def _ask(
         self,

@@ -69,6 +69,20 @@ def test_the_callable_is_asked_before_each_attempt(make_client) -> None:
         eventually(lambda: passwords_seen(broker) == [b"a", b"b", b"c"])
 
 
+def test_an_attempt_at_several_brokers_asks_once(make_client) -> None:
+    """What is slow to answer has half of the time of them all."""
+    asked: list[None] = []
+
+    def ask() -> tuple[str, str]:
+        asked.append(None)
+        return "me", "a"
+
+    with ScriptedBroker(lets_in("a")) as broker:
+        make_client(f"mqtt://localhost:{free_port()},{broker.url}", credentials=ask).connect()
+        assert passwords_seen(broker) == [b"a"]
+    assert len(asked) == 1
+
+
 async def test_a_coroutine_function_is_awaited_on_the_loop_of_the_client() -> None:
     asked: list[object] = []
 
