@@ -148,6 +148,7 @@ class MQTTClient:
         traceback: TracebackType | None,
     ) -> None:
         if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
+            self._engine.life.await_aside(lambda: exc is not None)
             self.shutdown()
 
     def run(self, timeout: Timeout = DEFAULT) -> None:
@@ -162,8 +163,10 @@ class MQTTClient:
         # Not an Event: the signal may come while this very thread holds the lock inside.
         stop: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stop = stop
+        signals: list[None] = []
 
         def end() -> None:
+            signals.append(None)
             stop.put(None)
             self._engine.life.call_off()
 
@@ -179,7 +182,10 @@ class MQTTClient:
                 if stop.empty():
                     raise
             finally:
-                self.shutdown()
+                try:
+                    self._engine.life.await_aside(lambda: bool(signals))
+                finally:
+                    self.shutdown()
 
     def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first, or the client is shut down.

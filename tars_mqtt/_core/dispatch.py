@@ -244,6 +244,11 @@ class Dispatcher:
             finally:
                 self._watchers -= 1
 
+    @property
+    def deserted(self) -> bool:
+        """Whether what is in work cannot end any more."""
+        return False
+
     def _tell(self) -> None:
         """Something changed that others may wait for. Holds the lock."""
         if self._watchers:

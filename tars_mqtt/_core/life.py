@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Protocol
 
 import attrs
 
 from tars_mqtt._core.backlog import Backlog
+from tars_mqtt._core.deadline import Deadlines
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.session import Session
@@ -31,8 +31,8 @@ from tars_mqtt.message import PublishReceipt
 
 logger = logging.getLogger("tars_mqtt.session")
 
-_GOODBYE_SHARE = 0.1
-"""Of the time for a shutdown: kept for the goodbye, whatever came before took."""
+_MOMENT = 0.5
+"""Seconds within which a shutdown ends when its time is up."""
 
 
 class Herald(Protocol):
@@ -96,6 +96,8 @@ class Life:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
         self._shutting_down = threading.Lock()
+        self._deadlines = Deadlines()  # of those who shut down, or wait for it
+        self._aside: threading.Thread | None = None
 
     def check(self) -> None:
         """Refuse to work in a forked child, which has neither the threads nor the connection."""
@@ -150,7 +152,7 @@ class Life:
             raise _still_leaving()
         try:
             overtaking = self._overtaking  # before the look at what may overtake
-            if self._shutting_down.locked():
+            if self._shutting_down.locked() and self._state.value is not ConnectionState.CLOSED:
                 raise ClosedError("the client is being shut down: call connect() when that is over")
             if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
                 raise _still_leaving()
@@ -179,8 +181,8 @@ class Life:
             with self._lock:
                 alone = self._first is attempt.first
             if alone:
-                deadline = time.monotonic() + self._config.shutdown_timeout
-                self._shutdown(deadline, 0.0, threading.current_thread())
+                with self._deadlines.within(self._config.shutdown_timeout):
+                    self._shutdown(threading.current_thread())
         self.over(attempt)
 
     def _start(self, wanted_by: float) -> None:
@@ -292,33 +294,37 @@ class Life:
         if not self._session.thread.running:
             return
         deadline = time.monotonic() + self._config.shutdown_timeout
-        self._say_goodbye("disconnected", deadline)
+        goodbye = self._say_goodbye("disconnected")
+        if goodbye is not None:
+            _acknowledged(goodbye, _until(deadline))
         if not self.stop_network(_until(deadline), first):
             logger.warning(
-                "disconnect: the network thread is stuck in the operating system",
-                extra={"client_id": self._config.client_id},
+                "disconnect: the network thread is stuck in the operating system", extra=self._extra()
             )
 
-    def _say_goodbye(self, event: str, deadline: float) -> None:
+    def _say_goodbye(self, event: str) -> PublishReceipt | None:
         if self._state.value in (ConnectionState.CONNECTED, ConnectionState.CLOSING) and self._backlog.online:
-            receipt = self._herald.goodbye(event)
-            if receipt is not None:
-                with contextlib.suppress(TarsMQTTError, CancelledError):  # a new life takes the goodbye back
-                    receipt.result(max(0.0, deadline - time.monotonic()))
+            return self._herald.goodbye(event)
+        return None
 
     def shutdown(self, timeout: float | None, reader: object) -> None:
         """Finish the work, flush, say goodbye, join every thread. Not in a handler, which it would wait for.
+
+        Where another one is under way, that has no more time than this one from now on.
 
         Args:
             reader: See `Dispatcher.wait_idle`.
         """
         self.check()
         timeout = FOREVER if timeout is None else timeout
-        if self._shutting_down.acquire(timeout=timeout):
-            self._shutdown_alone(timeout, reader)
+        with self._deadlines.within(timeout):
+            if self._shutting_down.acquire(timeout=timeout + _MOMENT):
+                self._shutdown_alone(reader)
+            else:
+                logger.warning("shutdown: another one is still under way", extra=self._extra())
 
-    def shutdown_aside(self, timeout: float | None, over: Callable[[], None] = lambda: None) -> None:
-        """Have a thread of its own shut down, which then calls *over*; unless somebody is at it already.
+    def shutdown_aside(self, timeout: float | None) -> None:
+        """Have a thread of its own shut down, unless somebody is at it already.
 
         For handlers: they return, and what they had in work is finished, and acknowledged, as all other work is.
         """
@@ -327,58 +333,95 @@ class Life:
             return
 
         def run() -> None:
-            self._shutdown_alone(FOREVER if timeout is None else timeout, None)
-            over()
+            with self._deadlines.within(FOREVER if timeout is None else timeout):
+                self._shutdown_alone(None)
 
         try:
             name = f"tars-mqtt/{self._config.client_id}/shutdown"
             # No daemon, as the handler's thread is: a process that is at its end waits for an end in good order.
-            threading.Thread(target=run, name=name, daemon=False).start()
+            self._aside = threading.Thread(target=run, name=name, daemon=False)
+            self._aside.start()
         except BaseException:
             self._shutting_down.release()
             raise
 
-    def _shutdown_alone(self, timeout: float, reader: object) -> None:
+    def await_aside(self, hurried: Callable[[], bool]) -> None:
+        """Wait for the shutdown that a handler has asked for, if one has, for the time that it was given.
+
+        Args:
+            hurried: Asked often; True ends the wait.
+        """
+        while (aside := self._aside) is not None and aside.is_alive() and not hurried():
+            aside.join(0.1)  # `hurried` may be a signal, which comes in between
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether somebody is at it."""
+        return self._shutting_down.locked()
+
+    def _shutdown_alone(self, reader: object) -> None:
         """Nobody else shuts down: the caller holds `_shutting_down`, which this releases."""
         try:
             if self._state.value is not ConnectionState.CLOSED:
-                self._shutdown(time.monotonic() + timeout, timeout * _GOODBYE_SHARE, reader)
+                self._shutdown(reader)
         finally:
             self._called_off = False
             self._shutting_down.release()
 
-    def _shutdown(self, deadline: float, reserve: float, reader: object) -> None:
-        def left(kept: float = 0.0) -> float:
-            return max(0.0, deadline - kept - time.monotonic())
-
-        extra = {"client_id": self._config.client_id}
+    def _shutdown(self, reader: object) -> None:
+        deadlines = self._deadlines
         # A `connect` that is about to begin has begun by then, is refused, or finds that it was overtaken.
-        begun = self._lock.acquire(timeout=left())
+        begun = deadlines.wait(lambda seconds: self._lock.acquire(timeout=seconds))
         self._state.set(ConnectionState.CLOSING)
         if begun:
             self._lock.release()
         else:
             self._overtaking += 1
         self._session.inbound.close()
-        if not self._dispatcher.wait_idle(left(2 * reserve), reader):
-            logger.warning("shutdown: handlers still run; going on without them", extra=extra)
+        dispatcher = self._dispatcher
+        if not deadlines.wait(
+            lambda seconds: dispatcher.wait_idle(seconds, reader) or dispatcher.deserted, 2
+        ):
+            logger.warning("shutdown: handlers still run; going on without them", extra=self._extra())
         self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.thread.running:
-            self._backlog.wait_flushed(left(2 * reserve))
-            self._say_goodbye("shutdown", deadline - reserve)
-            if not self._session.thread.leave(left()):
-                logger.warning("shutdown: the network thread is stuck in the operating system", extra=extra)
+            self._leave_broker()
         lost = self._outbound.abandon()
         if lost:
-            logger.warning("shutdown: the broker did not acknowledge %d messages in time", lost, extra=extra)
+            logger.warning(
+                "shutdown: the broker did not acknowledge %d messages in time", lost, extra=self._extra()
+            )
         try:
-            for name in self._dispatcher.stop(left()):
-                logger.warning("shutdown: the handler on thread %s does not return", name, extra=extra)
+            for name in dispatcher.stop(deadlines.left()):
+                logger.warning(
+                    "shutdown: the handler on thread %s does not return", name, extra=self._extra()
+                )
         finally:
             self._backlog.close_outbox()  # only now: a handler that has ended in time is remembered there
         self._retire()
+        self._called_off = False
         self._state.set(ConnectionState.CLOSED)
-        logger.info("shut down", extra=extra)
+        logger.info("shut down", extra=self._extra())
+
+    def _leave_broker(self) -> None:
+        """Flush, say goodbye, and end the network thread."""
+        deadlines, thread = self._deadlines, self._session.thread
+        deadlines.wait(self._backlog.wait_flushed, 2)
+        goodbye = self._say_goodbye("shutdown")
+        if goodbye is not None:
+            deadlines.wait(lambda seconds: _acknowledged(goodbye, seconds), 1)
+        if not (deadlines.wait(lambda seconds: thread.leave(deadlines.left(), seconds)) or thread.leave(0.0)):
+            logger.warning(
+                "shutdown: the network thread is stuck in the operating system", extra=self._extra()
+            )
+
+    def _extra(self) -> dict[str, object]:
+        return {"client_id": self._config.client_id}
+
+
+def _acknowledged(receipt: PublishReceipt, timeout: float) -> bool:
+    """Wait until it is known what became of a message; False when the time was up first."""
+    return receipt.done() or receipt._wait(timeout)
 
 
 def _until(deadline: float) -> float:

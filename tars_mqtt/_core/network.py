@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -52,8 +53,8 @@ class NetworkThread:
         self.leave_by = time.monotonic()
         self._transport.wake()
 
-    def leave(self, timeout: float) -> bool:
-        """Have it say goodbye and end; False when it does not end in time."""
+    def leave(self, timeout: float, patience: float = math.inf) -> bool:
+        """Have it say goodbye within *timeout*, and end; False when it has not, after *patience* at most."""
         thread = self._thread
         if thread is None:
             return True
@@ -61,7 +62,7 @@ class NetworkThread:
         self._transport.wake()
         if thread.ident is None:
             return False  # about to start, and to end at once
-        thread.join(timeout + _MOMENT)
+        thread.join(min(timeout + _MOMENT, patience))
         if thread.is_alive():
             return False
         self._thread = None

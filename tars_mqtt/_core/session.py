@@ -287,14 +287,13 @@ class Session:
             for event in events:
                 self._on(event)
             transport.acknowledge_wake()
-            leave_by = self.thread.leave_by
-            if leave_by is not None:
+            if self.thread.leave_by is not None:
                 break
             self.thread.run_commands()
             transport.write_all(inbound.acknowledgements())
             more = outbound.pump(transport.write_all, transport.unsent_bytes)
             events = transport.poll(self._until_next_duty(), more, outbound.patience)
-        self._leave(leave_by)
+        self._leave()
 
     def _on(self, event: Event) -> None:
         match event:
@@ -410,14 +409,20 @@ class Session:
 
     # -- it ends ------------------------------------------------------------------------------
 
-    def _leave(self, deadline: float) -> None:
+    def _leave(self) -> None:
         transport = self.transport
+        thread = self.thread
+
+        def left() -> float:
+            """It may be moved forward meanwhile."""
+            return (thread.leave_by or 0.0) - time.monotonic()
+
         transport.write_all(self.inbound.acknowledgements())
         while self._outbound.pump(transport.write_all, transport.unsent_bytes):
-            if not transport.flush(deadline):
+            if not transport.flush(left):
                 break
         owed = self._broker_talks or self._outbound.inflight > 0 or self._liveness.asked is not None
-        if transport.disconnect(deadline, owed):
+        if transport.disconnect(left, owed):
             self._outbound.all_sent()
 
     def _lost(self, error: Exception | None, held: float) -> None:

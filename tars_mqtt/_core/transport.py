@@ -24,6 +24,8 @@ from tars_mqtt._core.stream import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tars_mqtt._core.paho import Control
 
 _LAST_WORDS_TIME = 1.0
@@ -245,14 +247,18 @@ class Transport:
         """Write UNSUBSCRIBE for one filter and return its packet id."""
         return self._control.unsubscribe(topic_filter)
 
-    def flush(self, deadline: float) -> bool:
-        """Send all that waits; True when it left before the deadline."""
+    def flush(self, time_left: Callable[[], float]) -> bool:
+        """Send all that waits; True when it left in time.
+
+        Args:
+            time_left: Seconds; asked again and again.
+        """
         stream = self._stream
         if stream is None:
             return False
         with contextlib.suppress(ConnectionLostError):
             while not stream.flush():
-                remaining = deadline - time.monotonic()
+                remaining = time_left()
                 if remaining <= 0:
                     return False
                 self._watch(stream, selectors.EVENT_WRITE)
@@ -261,11 +267,11 @@ class Transport:
             return True
         return False
 
-    def disconnect(self, deadline: float, owed: bool) -> bool:
-        """Write DISCONNECT behind all that waits; True when everything left before the deadline.
+    def disconnect(self, time_left: Callable[[], float], owed: bool) -> bool:
+        """Write DISCONNECT behind all that waits; True when everything left in time.
 
         Args:
-            deadline: On the monotonic clock.
+            time_left: See `flush`.
             owed: Whether the broker may still send something, beside the answers to what paho has written.
         """
         if self._stream is None:
@@ -273,13 +279,13 @@ class Transport:
         self._stream.send_no_more()
         with contextlib.suppress(ConnectionLostError):
             self._control.disconnect()  # behind what paho still had to write
-            if self.flush(deadline):
+            if self.flush(time_left):
                 if owed or self._control.has_asked:
-                    self._read_to_the_end(deadline)
+                    self._read_to_the_end(time_left)
                 return True
         return False
 
-    def _read_to_the_end(self, deadline: float) -> None:
+    def _read_to_the_end(self, time_left: Callable[[], float]) -> None:
         """Wait until the broker has closed the connection, too.
 
         A socket that is closed while something still comes is reset, and with it goes what the broker has not read:
@@ -291,7 +297,7 @@ class Transport:
         undelivered = stream.undelivered_bytes
         active = time.monotonic()
         with contextlib.suppress(ConnectionLostError, wire.MalformedPacketError):
-            while (left := min(deadline, active + _LAST_WORDS_TIME) - time.monotonic()) > 0:
+            while (left := min(time_left(), active + _LAST_WORDS_TIME - time.monotonic())) > 0:
                 self._watch(stream, selectors.EVENT_READ)
                 self.acknowledge_wake()
                 comes = self._select(min(left, _LOOK))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,6 +76,8 @@ class MQTTClient:
         self._executor: ThreadPoolExecutor | None = None
         self._blocking_calls: set[asyncio.Future[Any]] = set()
         self._stop: asyncio.Event | None = None
+        self._asides: set[asyncio.Task[None]] = set()
+        """Shutdowns that a handler has asked for."""
         self._paho = PahoFace(self)
 
     def __repr__(self) -> str:
@@ -179,13 +182,31 @@ class MQTTClient:
             self._stop.set()
         limit = seconds(timeout, self.config.shutdown_timeout)
         life = self._engine.life
-        if self._dispatcher.in_handler():
-            life.shutdown_aside(limit, lambda: self._bridge.post(self._release_executor))
+        if not self._dispatcher.in_handler():
+            await self._shut_down(self._blocking(life.shutdown, limit, asyncio.current_task()))
             return
+        life.check()
+        if not life.shutting_down:
+            # A task keeps `asyncio.run` from closing the loop meanwhile: the handlers need it.
+            work = self._shut_down(self._blocking(life.shutdown, limit, None))
+            aside = asyncio.Task(work, loop=self._bridge.loop, context=contextvars.Context())
+            self._asides.add(aside)
+            aside.add_done_callback(self._asides.discard)
+
+    async def _shut_down(self, work: asyncio.Future[None]) -> None:
         try:
-            await _to_the_end(self._blocking(life.shutdown, limit, asyncio.current_task()))
+            await _to_the_end(work)
         finally:
             self._release_executor()
+
+    async def _await_asides(self, hurried: asyncio.Event) -> None:
+        """Wait for the shutdown that a handler has asked for, if one has, for the time that it was given."""
+        hurry = asyncio.ensure_future(hurried.wait())
+        try:
+            while self._asides and not hurry.done():
+                await asyncio.wait({hurry, *self._asides}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
 
     def _release_executor(self) -> None:
         executor, self._executor = self._executor, None
@@ -207,7 +228,12 @@ class MQTTClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
+        if self._engine.life.forked:  # a child that leaves the block has nothing to end here
+            return
+        try:
+            if exc is None:
+                await self._await_asides(asyncio.Event())
+        finally:
             await self.shutdown()
 
     async def run(self, timeout: Timeout = DEFAULT) -> None:
@@ -218,8 +244,10 @@ class MQTTClient:
         loop = self._on_loop()
         self._stop = stop = asyncio.Event()
         before: dict[signal.Signals, Any] = {}
+        hurried = asyncio.Event()
 
         def end() -> None:
+            hurried.set()
             stop.set()
             self._engine.life.call_off()
 
@@ -237,7 +265,10 @@ class MQTTClient:
                 raise
         finally:
             try:
-                await self.shutdown()
+                try:
+                    await self._await_asides(hurried)
+                finally:
+                    await self.shutdown()
             finally:  # not before: another signal would end the process in the middle of its goodbye
                 for number, handler in before.items():
                     loop.remove_signal_handler(number)

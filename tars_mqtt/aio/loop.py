@@ -390,10 +390,15 @@ class LoopDispatcher(WorkerPool):
         super()._end_life()
         self._loop_turns.clear()
 
+    @property
+    def deserted(self) -> bool:
+        loop = self._bridge.loop
+        return loop is not None and loop.is_closed()
+
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
         stuck = super().stop(timeout)
-        while self._tasks and (left := deadline - time.monotonic()) > 0:
+        while self._tasks and not self.deserted and (left := deadline - time.monotonic()) > 0:
             # A task may swallow one cancellation, or two: ask until it ends.
             looked = threading.Event()
             self._bridge.post(partial(self._cancel, looked))
