@@ -127,6 +127,62 @@ def test_run_waits_for_a_broker_that_is_not_there_yet(colour, broker):
         assert program.wait() == 0
 
 
+# A handler shuts down, and nothing else keeps the process.
+END = {
+    "sync": """
+        import threading
+        from tars_mqtt import MQTTClient
+
+        client = MQTTClient(sys.argv[1], "service", enable_health=True)
+        stopped = threading.Event()
+
+        @client.on("stop", qos=1)
+        def stop(payload):
+            for number in range(100):
+                client.submit_event("last/words", "n", number, qos=1)
+            client.shutdown()
+            stopped.set()
+            time.sleep(0.3)
+
+        client.connect()
+        stopped.wait()
+        """,
+    "aio": """
+        import asyncio
+        from tars_mqtt.aio import MQTTClient
+
+        async def main():
+            client = MQTTClient(sys.argv[1], "service", enable_health=True)
+            stopped = asyncio.Event()
+
+            @client.on("stop", qos=1)
+            async def stop(payload):
+                for number in range(100):
+                    client.submit_event("last/words", "n", number, qos=1)
+                await client.shutdown()
+                stopped.set()
+                await asyncio.sleep(0.3)
+
+            await client.connect()
+            await stopped.wait()
+
+        asyncio.run(main())
+        """,
+}
+
+
+def test_a_process_that_ends_when_a_handler_has_shut_down_ends_in_good_order(colour, broker):
+    """The handler is acknowledged, what it has published is out, and the broker is told."""
+    with Program(END[colour], broker.url) as program, Observer(broker.host, broker.port) as observer:
+        observer.wait_for("system/health/service")
+        observer.publish("stop", b"x")
+        assert program.wait() == 0
+        assert observer.wait_for("system/health/service", 2)[1].data["event"] == "shutdown"
+        eventually(lambda: len({message.payload for message in observer.on("last/words")}) >= 100)
+    assert "Received PUBACK from service" in broker.log
+    assert "Received DISCONNECT from service" in broker.log
+
+
 CONNECT = """
     import threading
     from tars_mqtt import MQTTClient

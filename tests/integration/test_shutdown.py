@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -268,42 +269,65 @@ def test_shutdown_from_a_handler(make_client, broker, leak_check):
     leak_check.assert_clean()
 
 
-def test_the_time_that_a_handler_gives_to_the_shutdown_counts_under_run(broker):
-    """And not that of `run`, which ends as well."""
-    client = MQTTClient(broker.url, "me", shutdown_timeout=0.01)
-    stopping = threading.Event()
-    ended = []
-
-    class Hurry:
-        """Where `run` is quicker than the handler."""
-
-        def __init__(self, stop) -> None:
-            self.stop = stop
-
-        def put(self, item) -> None:
-            self.stop.put(item)
-            eventually(lambda: client.state is not ConnectionState.CONNECTED)
-
-    def slow(payload) -> None:
-        stopping.wait(10)
-        eventually(lambda: client.state is ConnectionState.CLOSING)
-        time.sleep(0.3)
-        ended.append(client.state)
+def test_run_waits_for_a_shutdown_that_a_handler_has_asked_for(make_client, broker):
+    """As long as the handler allows, which knows what is still to be done."""
+    client = make_client(broker.url, "me", shutdown_timeout=0.01)
 
     def stop(payload) -> None:
-        client._stop = Hurry(client._stop)
-        stopping.set()
         client.shutdown(timeout=30)
+        time.sleep(0.5)
 
-    client.subscribe("slow", slow, 1)
     client.subscribe("stop", stop, 1)
     running = in_thread(client.run)
     client.wait_connected(10)
-    client.publish("slow", b"", qos=1)
     client.publish("stop", b"", qos=1)
-    running.result(10)
-    eventually(lambda: client.state is ConnectionState.CLOSED)
-    assert ended == [ConnectionState.CLOSING]
+    running.result(20)
+    assert client.state is ConnectionState.CLOSED
+    assert "Received PUBACK from me" in broker.log
+
+
+def test_who_has_less_time_hurries_a_shutdown_that_is_under_way(make_client, broker, leak_check):
+    client = make_client(broker.url)
+    begun = threading.Event()
+
+    def stop(payload) -> None:
+        broker.freeze()
+        client.submit_event("a", "n", 1, qos=1)
+        client.shutdown(timeout=None)
+        begun.set()
+
+    client.subscribe("stop", stop)
+    client.connect()
+    client.publish("stop", b"")
+    assert begun.wait(10)
+    shut_down_in_time(client, 1)
+    leak_check.assert_clean()
+    broker.thaw()
+
+
+def test_a_client_that_is_closed_may_connect(make_client, broker, caplog):
+    """Even where the line in the log that says so takes its time."""
+    client = make_client(broker.url)
+    connected = threading.Event()
+
+    class SlowHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == "shut down":
+                connected.wait(20)
+
+    caplog.set_level(logging.INFO, "tars_mqtt.session")
+    logger, handler = logging.getLogger("tars_mqtt.session"), SlowHandler()
+    logger.addHandler(handler)
+    try:
+        client.connect()
+        closing = in_thread(client.shutdown)
+        eventually(lambda: client.state is ConnectionState.CLOSED)
+        client.connect(timeout=10)
+    finally:
+        connected.set()
+        logger.removeHandler(handler)
+    closing.result(10)
+    assert client.connected
 
 
 def test_a_handler_that_shuts_down_and_fails_with_retries_left_gives_its_message_back(make_client, broker):
