@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt.context import log_fields
@@ -23,6 +23,10 @@ from tars_mqtt.errors import (
 from tars_mqtt.message import Message, PublishReceipt
 from tars_mqtt.topics import check_topic, matches
 
+if TYPE_CHECKING:
+    from tars_mqtt._core.backlog import Backlog
+    from tars_mqtt._core.stats import Counters
+
 logger = logging.getLogger("tars_mqtt.dispatch")
 
 DEAD_LETTER_TYPE = "dead_letter"
@@ -33,29 +37,6 @@ _RETRY_DELAY = 1.0
 _MOST_LOSSY = 1_000
 """Dead letters of messages of QoS 0 that wait for room, of one subscription; those of QoS 1 and 2 are bounded by what
 the broker leaves unacknowledged."""
-
-
-class Outlet(Protocol):
-    """What dead letters need of an engine."""
-
-    def submit_event(
-        self,
-        topic: str,
-        event_type: str,
-        data: Any,
-        correlation_id: str | None,
-        qos: int,
-        retain: bool,
-        timeout: float | None,
-    ) -> PublishReceipt: ...
-
-    def call_later(self, delay: float, call: Callable[[], None]) -> None: ...
-
-    def when_room(self, callback: Callable[[], None]) -> None: ...
-
-    def never_mind(self, callback: Callable[[], None]) -> None: ...
-
-    def count_dead_letter(self, dropped: bool) -> None: ...
 
 
 def dead_letter_topic(template: str, topic: str) -> str:
@@ -75,13 +56,32 @@ def dead_letter_topic(template: str, topic: str) -> str:
 
 
 class DeadLetters:
-    """The dead letters of one subscription. Any thread; waits for nothing but the disk of an outbox."""
+    """The dead letters of one subscription. Any thread; waits for nothing but the disk of an outbox.
 
-    def __init__(self, template: str, topic_filter: str, outlet: Outlet, client_id: str) -> None:
+    Args:
+        template: Their topic, in which ``{topic}`` stands for the message's.
+        topic_filter: The subscription's.
+        submit: `Engine.submit_event`, which queues them in *backlog*.
+        later: Has a function called after so many seconds.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        topic_filter: str,
+        submit: Callable[..., PublishReceipt],
+        backlog: Backlog,
+        later: Callable[[float, Callable[[], None]], None],
+        counters: Counters,
+        client_id: str,
+    ) -> None:
         self._client_id = client_id
         self._template = template
         self._filter = topic_filter
-        self._outlet = outlet
+        self._submit = submit
+        self._backlog = backlog
+        self._later = later
+        self._counters = counters
         # Nobody else may hold them, and they must live to be told.
         self._under_way: set[PublishReceipt] = set()
         # Guarded by _lock:
@@ -91,7 +91,7 @@ class DeadLetters:
         self._called = False
         self._tried = 0.0
         self._asked = False
-        """Whether the outlet is to call when there is room. Belongs to who buries, and to that call."""
+        """Whether there is to be a call when there is room. Belongs to who buries, and to that call."""
 
     def bury(self, delivery: Delivery, over: Callable[[], None]) -> None:
         """Publish the dead letter with QoS 1; *over* is called when the broker has it.
@@ -141,11 +141,11 @@ class DeadLetters:
                     if self._asked:
                         return
                     self._asked = True  # and try once more: room may have come free in between
-                    self._outlet.when_room(self._there_is_room)
+                    self._backlog.bounds(1).when_room(self._there_is_room)
                     continue
                 self._give_up(delivery.message, error, over)
             except (OutboxError, NotConnectedError):  # the disk, or the client that left, may come back
-                self._outlet.call_later(_RETRY_DELAY, self._bury_waiting)
+                self._later(_RETRY_DELAY, self._bury_waiting)
                 return
             except ClosedError:
                 self._leave_unburied()
@@ -155,19 +155,19 @@ class DeadLetters:
             self._waiting.popleft()
         if self._asked:
             self._asked = False
-            self._outlet.never_mind(self._there_is_room)
+            self._backlog.bounds(1).never_mind(self._there_is_room)
 
     def _there_is_room(self) -> None:
         """Called by who made the room: the network thread, or one that holds the disk."""
         self._asked = False
-        self._outlet.call_later(0.0, self._bury_waiting)
+        self._later(0.0, self._bury_waiting)
 
     def _publish(self, delivery: Delivery, over: Callable[[], None]) -> None:
         message = delivery.message
         topic = dead_letter_topic(self._template, message.topic)
         if _is_dead_letter(message) and matches(self._filter, topic):
             raise TopicError("it is one itself, and its own would come to the same handler, without end")
-        receipt = self._outlet.submit_event(
+        receipt = self._submit(
             topic, DEAD_LETTER_TYPE, self._data(delivery), _correlation_id(message), 1, False, 0.0
         )
         self._under_way.add(receipt)
@@ -180,19 +180,19 @@ class DeadLetters:
             self._waiting.clear()
         for delivery, _ in waiting:
             if not delivery.message.qos:
-                self._outlet.count_dead_letter(dropped=True)
+                self._counters.drop("dead_letter")
 
     def _settled(self, receipt: PublishReceipt, message: Message, over: Callable[[], None]) -> None:
         self._under_way.discard(receipt)
         error = receipt.exception(0)
         if error is None:
-            self._outlet.count_dead_letter(dropped=False)
+            self._counters.add("dead_letters")
             over()
         elif not isinstance(error, ClosedError):
             self._give_up(message, error, over)
 
     def _give_up(self, message: Message, error: BaseException, over: Callable[[], None]) -> None:
-        self._outlet.count_dead_letter(dropped=True)
+        self._counters.drop("dead_letter")
         logger.error(
             "gave up a message of %r: no dead letter: %s",
             message.topic,

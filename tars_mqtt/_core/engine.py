@@ -126,25 +126,6 @@ class Engine:
 
     # -- publishing -------------------------------------------------------------------------
 
-    def call_later(self, delay: float, call: Callable[[], None]) -> None:
-        """Have *call* run later, on the timer thread."""
-        self.dispatcher.timer.call_later(delay, call)
-
-    def count_dead_letter(self, dropped: bool) -> None:
-        """Count a message that no attempt could handle."""
-        if dropped:
-            self.counters.drop("dead_letter")
-        else:
-            self.counters.add("dead_letters")
-
-    def when_room(self, callback: Callable[[], None]) -> None:
-        """Have *callback* called once, when a message of QoS 1 that was refused is worth another try."""
-        self.backlog.bounds(1).when_room(callback)
-
-    def never_mind(self, callback: Callable[[], None]) -> None:
-        """Undo `when_room`."""
-        self.backlog.bounds(1).never_mind(callback)
-
     def submit_event(
         self,
         topic: str,
@@ -282,8 +263,19 @@ class Engine:
             retry_on=options["retry_on"],
             retry_delay=options["retry_delay"],
             timeout=seconds(options["handler_timeout"], self.config.handler_timeout) or None,
-            bury=None if template is None else DeadLetters(template, topic, self, self.config.client_id).bury,
+            bury=None if template is None else self._dead_letters(template, topic).bury,
             client_id=self.config.client_id,
+        )
+
+    def _dead_letters(self, template: str, topic_filter: str) -> DeadLetters:
+        return DeadLetters(
+            template,
+            topic_filter,
+            self.submit_event,
+            self.backlog,
+            self.dispatcher.timer.call_later,
+            self.counters,
+            self.config.client_id,
         )
 
     def _on_stuck_handler(self, topic: str | None) -> None:

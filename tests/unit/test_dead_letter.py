@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class FakeOutlet:
-    """Refuses what it is told to, and then sends."""
+    """An engine, its backlog and its counters: refuses what it is told to, and then sends."""
 
     def __init__(self, *refusals: Exception) -> None:
         self._refusals = list(refusals)
@@ -55,8 +55,21 @@ class FakeOutlet:
     def never_mind(self, callback: Callable[[], None]) -> None:
         self.on_room.remove(callback)
 
-    def count_dead_letter(self, dropped: bool) -> None:
-        self.dropped.append(dropped)
+    def bounds(self, qos: int) -> FakeOutlet:
+        assert qos == 1
+        return self
+
+    def add(self, name: str) -> None:
+        assert name == "dead_letters"
+        self.dropped.append(False)
+
+    def drop(self, reason: str) -> None:
+        assert reason == "dead_letter"
+        self.dropped.append(True)
+
+
+def dead_letters(outlet: Any, template: str = "dead") -> DeadLetters:
+    return DeadLetters(template, "a", outlet.submit_event, outlet, outlet.call_later, outlet, "me")
 
 
 def bury(letters: DeadLetters, over: list[int], number: int = 1, qos: int = 0) -> None:
@@ -65,7 +78,7 @@ def bury(letters: DeadLetters, over: list[int], number: int = 1, qos: int = 0) -
 
 def test_it_waits_for_room_and_the_message_with_it() -> None:
     outlet, over = FakeOutlet(QueueFullError("full"), QueueFullError("full")), []
-    bury(DeadLetters("dead/{topic}", "a", outlet, "me"), over)
+    bury(dead_letters(outlet, "dead/{topic}"), over)
     assert (outlet.sent, over, outlet.later) == ([], [], [])
     outlet.on_room.pop()()
     outlet.sent[0]._settle()
@@ -76,7 +89,7 @@ def test_it_waits_for_room_and_the_message_with_it() -> None:
 def test_it_waits_for_a_disk_that_is_full_and_asks_now_and_then() -> None:
     """What cannot be stored makes no room: nobody would be called but by ourselves, at once and for ever."""
     outlet, over = FakeOutlet(*[OutboxError("the disk is full")] * 3), []
-    letters = DeadLetters("dead/{topic}", "a", outlet, "me")
+    letters = dead_letters(outlet, "dead/{topic}")
     for number in range(3):
         bury(letters, over, number)
     assert (outlet.tries, len(outlet.later), outlet.on_room) == (1, 1, [])
@@ -90,7 +103,7 @@ def test_it_waits_for_a_disk_that_is_full_and_asks_now_and_then() -> None:
 
 def test_one_that_the_broker_would_never_take_does_not_stop_those_behind_it() -> None:
     outlet, over = FakeOutlet(PublishRejectedError("too large", reason="packet too large")), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
     for number in range(3):
         bury(letters, over, number, qos=1)
     assert over == [0]
@@ -103,7 +116,7 @@ def test_those_that_a_shutdown_left_waiting_for_the_disk_are_tried_again_with_th
 ) -> None:
     monkeypatch.setattr(dead_letter, "_RETRY_DELAY", 0.001)
     outlet, over = FakeOutlet(OutboxError("the disk is full")), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
     bury(letters, over, 1)
     outlet.later.clear()  # the timer was stopped
     time.sleep(0.002)
@@ -113,7 +126,7 @@ def test_those_that_a_shutdown_left_waiting_for_the_disk_are_tried_again_with_th
 
 def test_room_that_comes_free_before_it_is_asked_for_is_not_missed() -> None:
     outlet, over = FakeOutlet(QueueFullError("full")), []
-    bury(DeadLetters("dead", "a", outlet, "me"), over)
+    bury(dead_letters(outlet), over)
     assert len(outlet.sent) == 1
     assert outlet.on_room == []
 
@@ -121,7 +134,7 @@ def test_room_that_comes_free_before_it_is_asked_for_is_not_missed() -> None:
 def test_those_behind_one_that_waits_are_not_tried_and_keep_their_order() -> None:
     """However many they are, and however long it takes."""
     outlet, over = FakeOutlet(*[QueueFullError("full")] * 4), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
     for number in range(100):
         bury(letters, over, number)
     assert outlet.tries == 2
@@ -137,7 +150,7 @@ def test_those_behind_one_that_waits_are_not_tried_and_keep_their_order() -> Non
 
 def test_when_the_client_is_shut_down_those_that_wait_are_over_and_the_next_begin_anew() -> None:
     outlet, over = FakeOutlet(ClosedError("closed"), QueueFullError("full"), QueueFullError("full")), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
     for number in range(10):
         bury(letters, over, number, qos=number % 2)
     outlet.on_room.pop()()
@@ -151,7 +164,7 @@ def test_when_the_client_is_shut_down_those_that_wait_are_over_and_the_next_begi
 def test_those_of_a_client_that_has_left_the_broker_wait_until_it_is_back() -> None:
     """Given up, their messages would never be acknowledged: for the broker they are still in work."""
     outlet, over = FakeOutlet(NotConnectedError("offline")), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
     bury(letters, over, 1, qos=1)
     assert outlet.sent == []
     outlet.later.pop()()
@@ -161,7 +174,7 @@ def test_those_of_a_client_that_has_left_the_broker_wait_until_it_is_back() -> N
 
 def test_dead_letters_of_qos_0_do_not_fill_the_memory(caplog: pytest.LogCaptureFixture) -> None:
     outlet, over = FakeOutlet(QueueFullError("full"), QueueFullError("full")), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
     for number in range(1_005):
         bury(letters, over, number)
     assert over == list(range(1_000, 1_005))
@@ -174,9 +187,7 @@ def test_dead_letters_of_qos_0_do_not_fill_the_memory(caplog: pytest.LogCaptureF
 def test_one_that_no_room_is_large_enough_for_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing that comes after the message would ever be acknowledged. The log says which client it was."""
     outlet, over = FakeOutlet(QueueFullError("too large", retriable=False)), []
-    DeadLetters("dead/{topic}", "a", outlet, "me").bury(
-        Delivery(Message("a", b""), None), lambda: over.append(1)
-    )
+    dead_letters(outlet, "dead/{topic}").bury(Delivery(Message("a", b""), None), lambda: over.append(1))
     assert over == [1]
     assert outlet.dropped == [True]
     assert outlet.later == []
@@ -185,7 +196,7 @@ def test_one_that_no_room_is_large_enough_for_is_given_up(caplog: pytest.LogCapt
 
 def test_many_threads_bury_at_once_and_nothing_is_left_lying() -> None:
     outlet, over = FakeOutlet(), []
-    letters = DeadLetters("dead", "a", outlet, "me")
+    letters = dead_letters(outlet)
 
     def bury_many(first: int) -> None:
         for number in range(first, first + 200):
