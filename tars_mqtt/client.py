@@ -274,7 +274,7 @@ class MQTTClient:
         limit = seconds(timeout, self.config.publish_timeout)
         started = time.monotonic() if qos else 0.0
         receipt = self._engine.submit_event(
-            topic, event_type, data, correlation_id, qos, retain, limit, True, properties
+            topic, event_type, data, correlation_id, qos, retain, limit, properties
         )
         if qos:
             receipt.result(_rest(limit, started))
@@ -312,7 +312,6 @@ class MQTTClient:
             qos,
             retain,
             seconds(timeout, self.config.publish_timeout),
-            True,
             properties,
         )
 
@@ -332,7 +331,7 @@ class MQTTClient:
         """
         limit = seconds(timeout, self.config.publish_timeout)
         started = time.monotonic()
-        receipt = self._engine.submit(topic, payload, qos, retain, limit, True, properties)
+        receipt = self._engine.submit(topic, payload, qos, retain, limit, properties)
         receipt.result(_rest(limit, started))
 
     def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:

@@ -135,14 +135,14 @@ class Engine:
         qos: int,
         retain: bool,
         timeout: float | None,
-        wait_stored: bool = True,
         properties: Mapping[str, object] | None = None,
+        wait_stored: bool = True,
     ) -> PublishReceipt:
         """Wrap in an envelope and queue; for *wait_stored* see `Backlog.admit`."""
         raw_topic = topic_bytes(topic)
         envelope_id, payload = encode_event(event_type, data, self._source, correlation_id, self._correlation)
         receipt = self._submit(
-            topic, raw_topic, payload, envelope_id, qos, retain, timeout, wait_stored, properties
+            topic, raw_topic, payload, envelope_id, qos, retain, timeout, properties, wait_stored
         )
         if publish_logger.isEnabledFor(logging.DEBUG):
             publish_logger.debug(
@@ -167,8 +167,8 @@ class Engine:
         qos: int,
         retain: bool,
         timeout: float | None,
-        wait_stored: bool = True,
         properties: Mapping[str, object] | None = None,
+        wait_stored: bool = True,
     ) -> PublishReceipt:
         """Queue raw bytes; for *wait_stored* see `Backlog.admit`."""
         if isinstance(payload, str):
@@ -184,7 +184,7 @@ class Engine:
                 )
             payload = bytes(payload)  # the caller may change a buffer while it waits here
         return self._submit(
-            topic, topic_bytes(topic), payload, None, qos, retain, timeout, wait_stored, properties
+            topic, topic_bytes(topic), payload, None, qos, retain, timeout, properties, wait_stored
         )
 
     def _submit(
@@ -196,8 +196,8 @@ class Engine:
         qos: int,
         retain: bool,
         timeout: float | None,
-        wait_stored: bool,
         properties: Mapping[str, object] | None,
+        wait_stored: bool,
     ) -> PublishReceipt:
         if self.life.forked:
             self.life.check()

@@ -329,7 +329,7 @@ class MQTTClient:
         if loop is not self._bridge.loop:
             self._on_loop()
         started = loop.time() if qos else 0.0
-        event = topic, event_type, data, correlation_id, qos, retain, 0.0, False, properties
+        event = topic, event_type, data, correlation_id, qos, retain, 0.0, properties, False
         try:
             receipt = self._engine.submit_event(*event)
         except QueueFullError as error:
@@ -363,7 +363,7 @@ class MQTTClient:
         """
         seconds(timeout, 0.0)
         receipt = self._engine.submit_event(
-            topic, event_type, data, correlation_id, qos, retain, 0.0, True, properties
+            topic, event_type, data, correlation_id, qos, retain, 0.0, properties
         )
         return PublishReceipt(receipt, self._bridge)
 
@@ -381,7 +381,7 @@ class MQTTClient:
         limit = seconds(timeout, self._publish_timeout)
         loop = self._on_loop()
         started = loop.time() if qos else 0.0
-        message = topic, payload, qos, retain, 0.0, False, properties
+        message = topic, payload, qos, retain, 0.0, properties, False
         try:
             receipt = self._engine.submit(*message)
         except QueueFullError as error:
