@@ -337,11 +337,11 @@ class MQTTClient:
     def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``.
 
-        Does nothing without ``enable_health``, and says so once as a warning.
+        Does nothing without ``enable_health``, and says so once as a warning. In no outbox: of the next process
+        it would say nothing.
 
         Raises:
-            NotConnectedError, QueueFullError, OutboxError, AckTimeoutError, PublishRejectedError, ClosedError: As
-                `publish_event`.
+            NotConnectedError, QueueFullError, AckTimeoutError, PublishRejectedError, ClosedError: As `publish_event`.
         """
         limit, started = self.config.publish_timeout, time.monotonic()
         receipt = self._engine.health.publish(ok, event, error, limit)

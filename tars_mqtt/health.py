@@ -109,13 +109,12 @@ class Health:
     # -- any thread -------------------------------------------------------------------------
 
     def publish(
-        self, ok: bool, event: str | None, error: str | None, timeout: float, wait_stored: bool = True
+        self, ok: bool, event: str | None, error: str | None, timeout: float
     ) -> PublishReceipt | None:
         """Publish the state that the service gives itself; None without ``enable_health``.
 
         Args:
             timeout: Seconds to wait for room in the queue.
-            wait_stored: See `Backlog.admit`.
         """
         if not self._config.enable_health:
             if not self._warned:
@@ -126,7 +125,7 @@ class Health:
                 )
             return None
         state = HealthPayload(ok=ok, event=event, error=error)
-        receipt = self._publish(state, timeout, wait_stored)
+        receipt = self._publish(state, timeout)
         self._own, self._own_receipt = state, receipt
         return receipt
 
@@ -170,13 +169,12 @@ class Health:
     def _publish_if_room(self, state: HealthPayload) -> None:
         if self._config.enable_health:
             with contextlib.suppress(TarsMQTTError):
-                self._publish(state, timeout=0.0, wait_stored=False)
+                self._publish(state, timeout=0.0)
 
     def _publish(
         self,
         state: HealthPayload,
         timeout: float | None = None,
-        wait_stored: bool = True,
         greets: bool = False,
     ) -> PublishReceipt:
         """Queue a state; without a timeout ahead of everything else, room or not."""
@@ -191,7 +189,7 @@ class Health:
         if timeout is None:
             self._backlog.admit_first(message)
         else:
-            self._backlog.admit(message, timeout, wait_stored)
+            self._backlog.admit(message, timeout, durable=False)
         self._state = state
         return receipt
 

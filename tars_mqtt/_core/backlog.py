@@ -108,7 +108,9 @@ class Backlog:
             self._firm_bounds.take(message.size)
         self._wake()
 
-    def admit(self, message: Outgoing, timeout: float | None, wait_stored: bool = True) -> None:
+    def admit(
+        self, message: Outgoing, timeout: float | None, wait_stored: bool = True, durable: bool = True
+    ) -> None:
         """Take a message of QoS 1 or 2, or refuse it before anything is sent.
 
         Args:
@@ -116,6 +118,7 @@ class Backlog:
             timeout: Seconds to wait for room; None waits for ever, 0 not at all.
             wait_stored: Return when an outbox has it on disk. Otherwise it gets there before it is sent, and
                 its receipt fails if it does not: for a caller that may not block, and awaits the receipt.
+            durable: Keep it in an outbox, if there is one. How this process is doing says nothing of the next.
 
         Raises:
             ClosedError: The client was shut down.
@@ -125,7 +128,7 @@ class Backlog:
         size = message.size
         _check_size(size)
         with self._lock:  # not the condition around it, which is slower to enter
-            spool, bounds = self._spool, self._firm_bounds
+            spool, bounds = self._spool if durable else None, self._firm_bounds
             if not bounds.fits(size):
                 bounds.wait(size, timeout, self._refuses)
             if self._refusal is not None:

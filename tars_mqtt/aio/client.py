@@ -395,7 +395,7 @@ class MQTTClient:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
         loop = self._on_loop()
         limit, started = self._publish_timeout, loop.time()
-        publish = partial(self._engine.health.publish, ok, event, error, 0.0, False)
+        publish = partial(self._engine.health.publish, ok, event, error, 0.0)
         try:
             receipt = publish()
         except QueueFullError as full:

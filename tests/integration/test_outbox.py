@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tars_mqtt import (
+    AckTimeoutError,
     ClosedError,
     Envelope,
     OutboxError,
@@ -22,6 +23,7 @@ from tars_mqtt import (
 )
 from tars_mqtt.outbox import Outbox
 from tests.support import FaultProxy, eventually, numbers
+from tests.support.observer import Observer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,6 +108,25 @@ def test_what_shutdown_could_not_send_stays_in_the_file(
     heir.subscribe("a", received.append, 1)
     heir.connect()
     eventually(lambda: numbers(received) == [7])
+
+
+def test_how_one_process_was_doing_is_not_said_of_the_next(make_client, broker: Broker, path: str) -> None:
+    """Left in the file, it would come behind the greeting of the next, and stay."""
+    options = {"outbox": path, "enable_health": True, "publish_timeout": 0.2}
+    first = make_client(broker.url, "service", **options)
+    first.connect()
+    broker.kill()
+    with pytest.raises(AckTimeoutError):
+        first.publish_health(False, "disk_full")
+    first.submit_event("a", "n", 1, qos=1)
+    first.shutdown(0.1)
+    broker.start()
+    second = make_client(broker.url, "service", **options)
+    second.connect()
+    with Observer(broker.host, broker.port) as observer:
+        second.publish_event("a", "n", 2, qos=1)
+        assert [numbers([seen.payload]) for seen in observer.wait_for("a")][-1] == [2]
+        assert [seen.data["event"] for seen in observer.on("system/health/service")] == ["ready"]
 
 
 def test_the_outbox_is_bounded_by_count_and_bytes(make_client, broker: Broker, path: str) -> None:
