@@ -344,6 +344,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot of the counters."""
+        self.life.check()  # in a forked child the locks of the counters may never come free
         session, outbound, backlog = self._session, self._outbound, self.backlog
         bytes_in, bytes_out = session.traffic
         return Stats(

@@ -327,6 +327,7 @@ FORK = {
             in_child(client.disconnect)
             in_child(client.shutdown)
             in_child(client.wait_connected)
+            in_child(client.stats)
             own = MQTTClient(sys.argv[1], "child")
             with own:
                 own.publish("a", b"from the child's own", qos=1)
@@ -371,6 +372,7 @@ FORK = {
             await in_child(client.disconnect)
             await in_child(client.shutdown)
             await in_child(client.wait_connected)
+            await in_child(client.stats)
             async with MQTTClient(sys.argv[1], "child") as own:
                 await own.publish("a", b"from the child's own", qos=1)
 
@@ -466,7 +468,7 @@ def test_a_forked_child_is_told_at_once_and_the_parent_goes_on(colour, broker):
         assert program.wait() == 0, program.output
         output = program.output
     told = [line for line in output.splitlines() if line.startswith("child: True this client belongs")]
-    assert len(told) == 8, output
+    assert len(told) == 9, output
     assert all("make a new one after os.fork()" in line for line in told)
     assert "wrong error" not in output
     assert "[b\"from the child's own\", b'from the parent'] 0" in output
