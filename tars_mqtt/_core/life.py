@@ -288,9 +288,8 @@ class Life:
     def disconnect(self) -> None:
         """Leave the broker; subscriptions stay registered, unsent messages of QoS 1 and 2 queued."""
         self.check()
-        first = (
-            self._first
-        )  # of this life: while the goodbye is waited for, others may end it, and begin the next
+        # Of this life: while the goodbye is waited for, others may end it, and begin the next.
+        first = self._first
         if not self._session.thread.running:
             return
         deadline = time.monotonic() + self._config.shutdown_timeout
