@@ -173,6 +173,7 @@ class Backlog:
         """
         _check_size(len(topic) + len(payload) + len(properties))
         stream = None
+        waited = False
         with self._lock:
             while True:
                 if self._refusal is not None:
@@ -189,9 +190,14 @@ class Backlog:
                     break
                 # And look again: the connection may be another one.
                 self._memory.wait(size, timeout, self._refuses_lossy)
-            if objection is None:
-                if not self.lossy and at_once and size <= LARGE_BYTES:
-                    # Under the lock it is the connection of these limits.
+                waited = True
+            if objection is not None:
+                if waited:
+                    self._memory.leave_to_next()
+            else:
+                if not self.lossy and at_once and size <= LARGE_BYTES and not self._memory.waited_for:
+                    # Under the lock it is the connection of these limits. It takes no place, so none comes free by
+                    # it: not where others wait for one.
                     stream = self._idle_stream()
                 if stream is None:
                     self.lossy.append(packet)
@@ -200,6 +206,7 @@ class Backlog:
                     if size > LARGE_BYTES:
                         self.crowd.grew(self._lossy_bytes)
         if objection is not None:
+            self._memory.call_back(1 if waited else 0)
             raise PublishRejectedError(
                 f"the message to {topic.decode()!r} was rejected: {objection}", reason=objection
             )

@@ -45,6 +45,11 @@ class Bounds:
         """Whether there is room for a message of so many bytes."""
         return self.held < self._most and self.held_bytes + size <= self._most_bytes
 
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody waits for room."""
+        return self._waiting > 0 or bool(self._callbacks)
+
     def take(self, size: int) -> None:
         """A message is held, whether it fits or not."""
         self.held += 1
@@ -52,6 +57,8 @@ class Bounds:
 
     def wait(self, size: int, timeout: float | None, called_off: Callable[[], bool]) -> None:
         """Wait until a message fits, or the wait is called off. Gives the lock away meanwhile.
+
+        Whoever was told of a place and does not `take` it owes it to the next in line: see `leave_to_next`.
 
         Args:
             size: Bytes.
@@ -119,6 +126,10 @@ class Bounds:
         """All that was held is given up."""
         self.held = self.held_bytes = 0
         self._left.notify_all()
+
+    def leave_to_next(self) -> None:
+        """A place that was waited for is not wanted any more; then `call_back` one, without the lock."""
+        self._left.notify()
 
     def notify_all(self) -> None:
         """Have all who wait look again; then `call_back` all others, without the lock."""

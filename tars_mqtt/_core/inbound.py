@@ -86,7 +86,8 @@ class Inbound:
         self.hand_over()
         if not resumed:
             self._early.clear()
-        self._early_until = now + _EARLY_TIME if unknown_session or self._early else math.inf
+        goes_on = resumed and self._early_until != math.inf
+        self._early_until = now + _EARLY_TIME if unknown_session or self._early or goes_on else math.inf
         self._forget_routes()
         if not resumed:
             for entry in self._router:

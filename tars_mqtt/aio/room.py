@@ -11,7 +11,7 @@ from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.crowd import PACE_TIME
 from tars_mqtt.aio.loop import Bridge
 from tars_mqtt.aio.receipt import resolve
-from tars_mqtt.errors import QueueFullError
+from tars_mqtt.errors import QueueFullError, TarsMQTTError
 
 T = TypeVar("T")
 
@@ -32,7 +32,9 @@ class Room:
         bounds = self._backlog.bounds(qos)
         loop = asyncio.get_running_loop()
         deadline = None if limit is None else loop.time() + limit
+        in_time = False
         while True:
+            called = in_time
             room: asyncio.Future[None] = loop.create_future()
             tell = partial(self._bridge.post, partial(resolve, room))
             timer = None if deadline is None else loop.call_at(deadline, resolve, room)
@@ -45,6 +47,10 @@ class Room:
                 bounds.pass_on()
                 await room
                 in_time = deadline is None or loop.time() < deadline
+            except TarsMQTTError:
+                if called:
+                    bounds.call_back(1)  # the place is not wanted any more
+                raise
             finally:
                 if timer is not None:
                     timer.cancel()

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from tars_mqtt._core import crowd, wire
@@ -24,7 +25,7 @@ from tars_mqtt.errors import (
 )
 from tars_mqtt.outbox import Outbox
 from tests.support import eventually
-from tests.support.way_out import Harness, outgoing
+from tests.support.way_out import GRANTED, Harness, outgoing
 
 
 @pytest.fixture
@@ -256,6 +257,41 @@ def test_what_the_broker_would_never_take_does_not_wait_for_room() -> None:
     harness.submit()
     with pytest.raises(PublishRejectedError, match="the broker takes 20"):
         harness.submit(b"x" * 50, qos=0)
+
+
+def test_who_was_given_room_and_needs_none_leaves_it_to_the_next() -> None:
+    """What is sent at once takes no place, and nobody would be told that one is free."""
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    outcomes: list[object] = []
+    lossy = in_thread(outcomes, harness, None, qos=0, payload=b"lossy")
+    firm = in_thread(outcomes, harness, None, qos=1, payload=b"firm")
+    stream = IdleStream()
+    harness.idle_stream = stream
+    harness.acknowledge(message)
+    lossy.join(10)
+    assert stream.sent == []
+    harness.pump()
+    firm.join(10)
+    assert len(outcomes) == 2
+
+
+def test_what_the_broker_does_not_take_any_more_leaves_its_room_to_the_next() -> None:
+    harness = Harness(max_queued=1)
+    harness.connect()
+    message = harness.submit()
+    harness.pump()
+    outcomes: list[object] = []
+    lossy = in_thread(outcomes, harness, None, qos=0, payload=b"x" * 50)
+    firm = in_thread(outcomes, harness, None, qos=1)
+    with harness.backlog._lock:
+        harness.backlog._limits = attrs.evolve(GRANTED, maximum_packet_size=40)
+    harness.acknowledge(message)
+    lossy.join(10)
+    firm.join(10)
+    assert [type(outcome) for outcome in outcomes] == [PublishRejectedError, Outgoing]
 
 
 def test_whoever_may_not_block_is_called_when_there_is_room() -> None:

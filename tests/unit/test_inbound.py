@@ -544,6 +544,15 @@ def test_what_waits_goes_on_waiting_over_a_reconnect() -> None:
     assert acknowledged(harness) == [mqtt.puback(1)]
 
 
+def test_a_reconnect_does_not_cut_the_time_short_in_which_somebody_may_subscribe() -> None:
+    """Nothing had come yet: it comes on the next connection of the same session."""
+    harness = unknown_session()
+    harness.inbound.new_connection(True, resumed=True, unknown_session=False, now=1.0)
+    harness.enter("a", qos=1, packet_id=1)
+    assert acknowledged(harness) == []
+    assert harness.inbound.tick(2.0) == 1.0 + inbound_module._EARLY_TIME
+
+
 def test_what_waits_is_forgotten_with_its_session() -> None:
     harness = unknown_session()
     harness.enter("a", qos=1, packet_id=1)
