@@ -147,8 +147,11 @@ class MQTTClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._engine.life.forked:  # a child that leaves the block has nothing to end here
+        if self._engine.life.forked:  # a child that leaves the block has nothing to end here
+            return
+        try:
             self._engine.life.await_aside(lambda: exc is not None)
+        finally:
             self.shutdown()
 
     def run(self, timeout: Timeout = DEFAULT) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import attrs
@@ -96,8 +97,9 @@ class Life:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
         self._shutting_down = threading.Lock()
-        self._deadlines = Deadlines()  # of those who shut down, or wait for it
-        self._aside: threading.Thread | None = None
+        self._deadlines = Deadlines()  # of those who shut down, or wait for it; others in each life
+        self._ended = 0  # lives
+        self._aside_over: threading.Event | None = None
 
     def check(self) -> None:
         """Refuse to work in a forked child, which has neither the threads nor the connection."""
@@ -152,7 +154,7 @@ class Life:
             raise _still_leaving()
         try:
             overtaking = self._overtaking  # before the look at what may overtake
-            if self._shutting_down.locked() and self._state.value is not ConnectionState.CLOSED:
+            if self._state.value is ConnectionState.CLOSING:
                 raise ClosedError("the client is being shut down: call connect() when that is over")
             if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
                 raise _still_leaving()
@@ -181,7 +183,7 @@ class Life:
             with self._lock:
                 alone = self._first is attempt.first
             if alone:
-                with self._deadlines.within(self._config.shutdown_timeout):
+                with self.within(self._config.shutdown_timeout):
                     self._shutdown(threading.current_thread())
         self.over(attempt)
 
@@ -315,34 +317,45 @@ class Life:
             reader: See `Dispatcher.wait_idle`.
         """
         self.check()
-        timeout = FOREVER if timeout is None else timeout
-        with self._deadlines.within(timeout):
-            if self._shutting_down.acquire(timeout=timeout + _MOMENT):
-                self._shutdown_alone(reader)
-            else:
+        ended = self._ended
+        with self.within(timeout):
+            if not self._shutting_down.acquire(timeout=(FOREVER if timeout is None else timeout) + _MOMENT):
                 logger.warning("shutdown: another one is still under way", extra=self._extra())
+                return
+            try:
+                if self._state.value is ConnectionState.CLOSED:
+                    self._called_off = False
+                elif self._ended == ended:
+                    self._shutdown(reader)
+                # Otherwise another one has done it meanwhile, and somebody has connected since.
+            except BaseException:  # Ctrl-C, as a rule
+                self._called_off = False
+                raise
+            finally:
+                self._shutting_down.release()
+
+    def within(self, timeout: float | None) -> AbstractContextManager[None]:
+        """A shutdown, be it under way or about to begin, has so many seconds."""
+        return self._deadlines.within(FOREVER if timeout is None else timeout)
 
     def shutdown_aside(self, timeout: float | None) -> None:
-        """Have a thread of its own shut down, unless somebody is at it already.
+        """Have a thread of its own shut down.
 
         For handlers: they return, and what they had in work is finished, and acknowledged, as all other work is.
         """
         self.check()
-        if not self._shutting_down.acquire(blocking=False):
-            return
+        over = threading.Event()
 
         def run() -> None:
-            with self._deadlines.within(FOREVER if timeout is None else timeout):
-                self._shutdown_alone(None)
+            try:
+                self.shutdown(timeout, None)
+            finally:
+                over.set()
 
-        try:
-            name = f"tars-mqtt/{self._config.client_id}/shutdown"
-            # No daemon, as the handler's thread is: a process that is at its end waits for an end in good order.
-            self._aside = threading.Thread(target=run, name=name, daemon=False)
-            self._aside.start()
-        except BaseException:
-            self._shutting_down.release()
-            raise
+        name = f"tars-mqtt/{self._config.client_id}/shutdown"
+        # No daemon, as the handler's thread is: a process that is at its end waits for an end in good order.
+        threading.Thread(target=run, name=name, daemon=False).start()
+        self._aside_over = over
 
     def await_aside(self, hurried: Callable[[], bool]) -> None:
         """Wait for the shutdown that a handler has asked for, if one has, for the time that it was given.
@@ -350,22 +363,9 @@ class Life:
         Args:
             hurried: Asked often; True ends the wait.
         """
-        while (aside := self._aside) is not None and aside.is_alive() and not hurried():
-            aside.join(0.1)  # `hurried` may be a signal, which comes in between
-
-    @property
-    def shutting_down(self) -> bool:
-        """Whether somebody is at it."""
-        return self._shutting_down.locked()
-
-    def _shutdown_alone(self, reader: object) -> None:
-        """Nobody else shuts down: the caller holds `_shutting_down`, which this releases."""
-        try:
-            if self._state.value is not ConnectionState.CLOSED:
-                self._shutdown(reader)
-        finally:
-            self._called_off = False
-            self._shutting_down.release()
+        # Not by joining the thread: where Ctrl-C comes in between, Python 3.11 takes it for dead, and leaves it behind.
+        while (over := self._aside_over) is not None and not over.wait(0.1) and not hurried():
+            pass
 
     def _shutdown(self, reader: object) -> None:
         deadlines = self._deadlines
@@ -398,9 +398,11 @@ class Life:
         finally:
             self._backlog.close_outbox()  # only now: a handler that has ended in time is remembered there
         self._retire()
-        self._called_off = False
-        self._state.set(ConnectionState.CLOSED)
         logger.info("shut down", extra=self._extra())
+        self._called_off = False
+        self._deadlines = Deadlines()
+        self._ended += 1
+        self._state.set(ConnectionState.CLOSED)  # from here on there may be another life
 
     def _leave_broker(self) -> None:
         """Flush, say goodbye, and end the network thread."""

@@ -25,6 +25,8 @@ class NetworkThread:
         self._name = f"tars-mqtt/{client_id}/network"
         self._commands: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
+        # Not asked of the thread: Python 3.11 takes one for dead whose `join` was interrupted.
+        self._ended = threading.Event()
         self._starting = False
         self.leave_by: float | None = None
         """When the goodbye must be said, on the monotonic clock; None as long as nobody wants it to end."""
@@ -38,7 +40,15 @@ class NetworkThread:
         self.leave_by = None
         self._transport.start()
         self._starting = True
-        self._thread = threading.Thread(target=story, name=self._name, daemon=True)
+        self._ended = ended = threading.Event()
+
+        def run() -> None:
+            try:
+                story()
+            finally:
+                ended.set()
+
+        self._thread = threading.Thread(target=run, name=self._name, daemon=True)
         try:
             self._thread.start()
         except (OSError, RuntimeError, MemoryError):  # not of Ctrl-C, which comes when it runs already
@@ -62,9 +72,9 @@ class NetworkThread:
         self._transport.wake()
         if thread.ident is None:
             return False  # about to start, and to end at once
-        thread.join(min(timeout + _MOMENT, patience))
-        if thread.is_alive():
+        if not self._ended.wait(min(timeout + _MOMENT, patience)):
             return False
+        thread.join(_MOMENT)
         self._thread = None
         self.run_commands()  # what came when it had looked for the last time
         return True
@@ -72,8 +82,7 @@ class NetworkThread:
     @property
     def running(self) -> bool:
         """Whether there is one."""
-        thread = self._thread
-        return thread is not None and (self._starting or thread.is_alive())
+        return self._thread is not None and (self._starting or not self._ended.is_set())
 
     @property
     def leaving(self) -> bool:

@@ -95,7 +95,8 @@ class MQTTClient:
                 )
             self._bridge.bind(loop)
             self._dispatcher.bound()
-            self._stop = None  # of the loop before
+            self._stop = None  # of the loop before, as those
+            self._asides.clear()
         return loop
 
     def _blocking(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
@@ -183,19 +184,19 @@ class MQTTClient:
         limit = seconds(timeout, self.config.shutdown_timeout)
         life = self._engine.life
         if not self._dispatcher.in_handler():
-            await self._shut_down(self._blocking(life.shutdown, limit, asyncio.current_task()))
+            await self._shut_down(self._blocking(life.shutdown, limit, asyncio.current_task()), limit)
             return
         life.check()
-        if not life.shutting_down:
-            # A task keeps `asyncio.run` from closing the loop meanwhile: the handlers need it.
-            work = self._shut_down(self._blocking(life.shutdown, limit, None))
-            aside = asyncio.Task(work, loop=self._bridge.loop, context=contextvars.Context())
-            self._asides.add(aside)
-            aside.add_done_callback(self._asides.discard)
+        # A task keeps `asyncio.run` from closing the loop meanwhile: the handlers need it.
+        shutdown = self._shut_down(self._blocking(life.shutdown, limit, None), limit)
+        aside = asyncio.Task(shutdown, loop=self._bridge.loop, context=contextvars.Context())
+        self._asides.add(aside)
+        aside.add_done_callback(self._asides.discard)
 
-    async def _shut_down(self, work: asyncio.Future[None]) -> None:
+    async def _shut_down(self, work: asyncio.Future[None], limit: float | None) -> None:
         try:
-            await _to_the_end(work)
+            with self._engine.life.within(limit):  # from now on, and not when a thread is free
+                await _to_the_end(work)
         finally:
             self._release_executor()
 

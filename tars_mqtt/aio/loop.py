@@ -398,16 +398,19 @@ class LoopDispatcher(WorkerPool):
     def stop(self, timeout: float) -> list[str]:
         deadline = time.monotonic() + timeout
         stuck = super().stop(timeout)
-        while self._tasks and not self.deserted and (left := deadline - time.monotonic()) > 0:
-            # A task may swallow one cancellation, or two: ask until it ends.
+        while self._tasks and not self.deserted:
+            # A task may swallow one cancellation, or two: ask until it ends. Once in any case.
+            left = max(0.0, deadline - time.monotonic())
             looked = threading.Event()
-            self._bridge.post(partial(self._cancel, looked))
+            self._bridge.post(partial(self._cancel, tuple(self._tasks), looked))
             looked.wait(min(left, 0.05))
+            if not left:
+                break
             if self._tasks:
                 time.sleep(min(left, 0.01))
         return stuck + [task.get_name() for task in tuple(self._tasks)]
 
-    def _cancel(self, looked: threading.Event) -> None:
-        for task in tuple(self._tasks):
+    def _cancel(self, tasks: tuple[asyncio.Task[None], ...], looked: threading.Event) -> None:
+        for task in tasks:
             task.cancel()
         looked.set()
