@@ -47,10 +47,10 @@ class MessageDeduplicator:
         self._claimed: set[Hashable] = set()
         self._kept: OrderedDict[Hashable, float] = OrderedDict()
 
-    def claim(self, key: Hashable) -> bool:
-        """Claim *key*; False when it is in work, or was handled lately."""
+    def claim(self, key: Hashable, life: int | None = None) -> bool:
+        """Claim *key*; False when it is in work, or was handled lately, or *life* is not that of `lives` any more."""
         with self._lock:
-            if key in self._claimed:
+            if key in self._claimed or life not in (None, self.lives):
                 return False
             expiry = self._kept.get(key)
             if expiry is not None:
@@ -73,10 +73,11 @@ class MessageDeduplicator:
             self._kept.move_to_end(key)
             return self._kept.popitem(last=False)[0] if len(self._kept) > self._max_entries else None
 
-    def release(self, key: Hashable) -> None:
-        """The handling failed: the next one may claim it."""
+    def release(self, key: Hashable, life: int | None = None) -> None:
+        """The handling failed: the next one may claim it; unless a claim of an earlier *life* was meant."""
         with self._lock:
-            self._claimed.discard(key)
+            if life in (None, self.lives):
+                self._claimed.discard(key)
 
     def release_all(self) -> None:
         """Whoever has a claim will not be heard of any more, or too late."""
@@ -109,8 +110,8 @@ class DurableDeduplicator(MessageDeduplicator):
             self._outbox = outbox
             self._client_id = client_id
 
-    def claim(self, key: Hashable) -> bool:
-        return super().claim(repr(key))
+    def claim(self, key: Hashable, life: int | None = None) -> bool:
+        return super().claim(repr(key), life)
 
     def keep(self, key: Hashable) -> None:
         """The key is handled: remember it, on disk when this returns, so before the acknowledgement."""
@@ -126,5 +127,5 @@ class DurableDeduplicator(MessageDeduplicator):
                     extra={"client_id": self._client_id},
                 )
 
-    def release(self, key: Hashable) -> None:
-        super().release(repr(key))
+    def release(self, key: Hashable, life: int | None = None) -> None:
+        super().release(repr(key), life)

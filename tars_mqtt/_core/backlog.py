@@ -412,7 +412,8 @@ class Backlog:
         with self._lock:
             held = (*in_flight, *self.firm)
             lossy = len(self.lossy)
-            spool, self._spool = self._spool, None
+            spool = self._spool
+            self._retired, self._spool = spool or self._retired, None
             self.firm.clear()
             self.lossy.clear()
             self._firm_bounds.clear()
@@ -425,7 +426,6 @@ class Backlog:
         # What was taken back is done already.
         lost = [message for message in held if message.stored is None and not message.receipt.done()]
         if spool is not None:
-            self._retired = spool
             spool.retire()
             for message in held:
                 if message.stored is not None:
@@ -438,9 +438,9 @@ class Backlog:
 
     def close_outbox(self) -> None:
         """Let go of the outbox that was given up, if there is one."""
-        spool, self._retired = self._retired, None
-        if spool is not None:
-            spool.close()
+        if self._retired is not None:
+            self._retired.close()
+            self._retired = None  # only now: where Ctrl-C comes in between, the next call closes it
 
 
 def _check_size(size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 from tars_mqtt._core.lane import Delivery
@@ -39,6 +40,12 @@ class Claims:
         self._counters = counters
         self._client_id = client_id
 
+    def begin(self, deliveries: Iterable[Delivery]) -> None:
+        """Work on *deliveries* begins in the life of now; a claim in a later one would be no good. Holds a lock."""
+        if self._deduplicator is not None:
+            for delivery in deliveries:
+                delivery.life = self._deduplicator.lives
+
     def claim(self, delivery: Delivery) -> bool:
         """Whether the work on *delivery* may begin; a duplicate is counted, and is over."""
         if self._deduplicator is None:
@@ -48,9 +55,8 @@ class Claims:
             claim = self._identity, message.envelope.dedup_key(self._correlation)
         except DecodeError:
             return True  # without an envelope there is no id to know it by
-        life = self._deduplicator.lives
-        if self._deduplicator.claim(claim):
-            delivery.claim = life, claim
+        if self._deduplicator.claim(claim, delivery.life):
+            delivery.claim = claim
             return True
         if logger.isEnabledFor(logging.DEBUG):
             fields = log_fields(message, self._client_id)
@@ -61,12 +67,10 @@ class Claims:
     def keep(self, delivery: Delivery) -> None:
         """The work is done: a repetition is a duplicate."""
         if delivery.claim is not None and self._deduplicator is not None:
-            self._deduplicator.keep(delivery.claim[1])
+            self._deduplicator.keep(delivery.claim)
 
     def release(self, delivery: Delivery) -> None:
         """The work failed: a repetition is to be handled."""
         if delivery.claim is not None and self._deduplicator is not None:
-            life, claim = delivery.claim
-            if life == self._deduplicator.lives:
-                self._deduplicator.release(claim)
+            self._deduplicator.release(delivery.claim, delivery.life)
             delivery.claim = None  # it may be another's by the time this one ends

@@ -335,7 +335,10 @@ class Dispatcher:
         consumer = turn.consumer
         consumer.offered -= 1
         alone = consumer.limit > 1 or consumer.recovery.timeout is not None
-        return consumer.lane.take(1 if alone else consumer.burst)
+        batch = consumer.lane.take(1 if alone else consumer.burst)
+        if consumer.claims is not None:
+            consumer.claims.begin(batch)
+        return batch
 
     def _finish(self, turn: Turn, batch: Sequence[Delivery], handled: int, duration: float) -> bool:
         """Account for a burst; True when the consumer has more for the same token. Holds the lock."""
@@ -393,6 +396,8 @@ class Dispatcher:
         batch = consumer.lane.take(1)
         if not batch:
             return None
+        if consumer.claims is not None:
+            consumer.claims.begin(batch)
         consumer.tokens += 1
         return Taken(Turn(consumer, self._life), batch[0])
 

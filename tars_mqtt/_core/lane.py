@@ -20,8 +20,10 @@ class Delivery:
     acknowledgement: Acknowledgement | None
     key: Hashable = None
     number: int = 0
-    claim: tuple[int, Hashable] | None = None
-    """`MessageDeduplicator.lives` when its work began, and what it is known by there."""
+    claim: Hashable = None
+    """What deduplication knows it by, while it is in work."""
+    life: int = 0
+    """`MessageDeduplicator.lives` when its work began."""
     failures: int = 0
     error: str = ""
     """What the last failure said."""

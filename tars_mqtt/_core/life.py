@@ -385,12 +385,12 @@ class Life:
         self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.thread.running:
             self._leave_broker()
-        lost = self._outbound.abandon()
-        if lost:
-            logger.warning(
-                "shutdown: the broker did not acknowledge %d messages in time", lost, extra=self._extra()
-            )
         try:
+            lost = self._outbound.abandon()
+            if lost:
+                logger.warning(
+                    "shutdown: the broker did not acknowledge %d messages in time", lost, extra=self._extra()
+                )
             for name in dispatcher.stop(deadlines.left()):
                 logger.warning(
                     "shutdown: the handler on thread %s does not return", name, extra=self._extra()

@@ -69,6 +69,20 @@ def test_nonsense_is_refused(ttl: float, most: int) -> None:
         MessageDeduplicator(ttl, most)
 
 
+def test_a_claim_of_an_earlier_life_is_none_and_its_release_leaves_a_newer_one_alone() -> None:
+    """What a handler had in work when it was given up is claimed anew by whoever gets it next."""
+    seen = MessageDeduplicator(60, 10)
+    life = seen.lives
+    assert seen.claim("a", life)
+    seen.release_all()
+    assert not seen.claim("b", life)
+    assert seen.claim("a", seen.lives)
+    seen.release("a", life)
+    assert not seen.claim("a")
+    seen.release("a", seen.lives)
+    assert seen.claim("a")
+
+
 def test_many_threads_claim_each_key_once() -> None:
     seen = MessageDeduplicator(1000, 100_000)
     claims: list[int] = []
