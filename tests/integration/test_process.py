@@ -127,6 +127,42 @@ def test_run_waits_for_a_broker_that_is_not_there_yet(colour, broker):
         assert program.wait() == 0
 
 
+INTERRUPTED = """
+    import threading
+    from tars_mqtt import MQTTClient
+
+    def network_threads():
+        return sum("network" in thread.name for thread in threading.enumerate())
+
+    client = MQTTClient(sys.argv[1], "impatient", shutdown_timeout=60)
+    client.connect()
+    client.submit_event("a", "n", "x" * 10_000_000, qos=0)
+    try:
+        say("leaving")
+        client.disconnect()
+    except KeyboardInterrupt:
+        say("interrupted", network_threads())
+    client.shutdown(1)
+    say("left", network_threads())
+    """
+
+
+def test_a_disconnect_that_ctrl_c_interrupts_loses_no_thread(broker):
+    """It is still known to run, and ends with the shutdown."""
+    broker.freeze()
+    with Program(INTERRUPTED.replace("client.connect()", "client.connect(); input()"), broker.url) as program:
+        broker.thaw()
+        eventually(lambda: "Sending CONNACK to impatient" in broker.log)
+        broker.freeze()
+        program.say("go on")
+        program.wait_for("leaving")
+        time.sleep(0.5)
+        program.signal(signal.SIGINT)
+        program.wait_for("interrupted 1")
+        program.wait_for("left 0")
+        broker.thaw()
+
+
 # A handler shuts down, and nothing else keeps the process.
 END = {
     "sync": """

@@ -305,6 +305,63 @@ def test_who_has_less_time_hurries_a_shutdown_that_is_under_way(make_client, bro
     broker.thaw()
 
 
+def test_a_handler_with_less_time_hurries_a_shutdown_that_is_under_way(make_client, broker):
+    client = make_client(broker.url)
+    in_work, hurried = threading.Event(), threading.Event()
+
+    def handler(payload) -> None:
+        in_work.set()
+        eventually(lambda: client.state is ConnectionState.CLOSING)
+        client.shutdown(timeout=0.2)
+        hurried.wait(20)
+
+    client.subscribe("a", handler)
+    client.connect()
+    client.publish("a", b"")
+    assert in_work.wait(10)
+    try:
+        assert shut_down_in_time(client, 15) < 10
+    finally:
+        hurried.set()
+
+
+def test_the_end_of_one_shutdown_is_no_matter_of_the_next_life(make_client, broker, monkeypatch):
+    """Neither its time, nor that it has not returned yet."""
+    client = make_client(broker.url)
+    life = getattr(client, "unwrapped", client)._engine.life
+    closed, may_return = threading.Event(), threading.Event()
+    shutdown = life._shutdown
+
+    def slow_to_return(reader) -> None:
+        monkeypatch.setattr(life, "_shutdown", shutdown)
+        shutdown(reader)
+        closed.set()
+        may_return.wait(20)
+
+    monkeypatch.setattr(life, "_shutdown", slow_to_return)
+    ended = []
+
+    def handler(payload) -> None:
+        time.sleep(0.5)
+        ended.append(client.state)
+
+    client.subscribe("a", handler)
+    client.connect()
+    first = in_thread(client.shutdown, 0)
+    assert closed.wait(10)
+    client.connect()
+    client.connect()
+    client.publish("a", b"")
+    eventually(lambda: client.stats().pending == 1)
+    second = in_thread(client.shutdown, 10)
+    eventually(lambda: len(life._deadlines._deadlines) > 0)
+    may_return.set()
+    first.result(10)
+    second.result(10)
+    assert ended == [ConnectionState.CLOSING]
+    assert client.state is ConnectionState.CLOSED
+
+
 def test_a_client_that_is_closed_may_connect(make_client, broker, caplog):
     """Even where the line in the log that says so takes its time."""
     client = make_client(broker.url)
