@@ -58,9 +58,9 @@ class PahoFace:
             yield _drain(box)
         finally:
             self._boxes.remove(box)
-            left = box.close()
-            if not self._boxes:
-                self._early.extend(left)
+            for message in box.close():
+                if not self._boxes:
+                    self._keep(message)
 
     async def _arrive(self, message: Message) -> None:
         taken = False
@@ -68,7 +68,13 @@ class PahoFace:
             for box in tuple(self._boxes):
                 taken = await box.put(message) or taken
         if not taken:
-            self._early.append(message)
+            self._keep(message)
+
+    def _keep(self, message: Message) -> None:
+        """For the next who iterates; the oldest makes room where too many are kept."""
+        if len(self._early) == self._early.maxlen:
+            self._client._engine.counters.drop("max_pending")
+        self._early.append(message)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client._engine.client, name)

@@ -862,6 +862,16 @@ async def test_leaving_messages_of_pahos_face_while_too_much_waits_stops_nobody(
     assert broker.log.count("Received PUBACK from me") == 8
 
 
+async def test_what_nobody_takes_from_pahos_face_is_dropped_and_counted(broker: Broker) -> None:
+    async with MQTTClient(broker.url, "me", max_pending=3, **QUICK) as client:
+        await client.client.subscribe("a", 1)
+        for number in range(5):
+            await client.publish("a", b"%d" % number, qos=1)
+        await until(lambda: client.stats().dropped == {"max_pending": 2})
+        async with client.client.messages() as messages:
+            assert [(await anext(messages)).payload for _ in range(3)] == [b"2", b"3", b"4"]
+
+
 async def test_shutdown_lets_a_reader_finish_what_it_has(broker: Broker) -> None:
     client = MQTTClient(broker.url, "me", **QUICK)
     await client.connect()
