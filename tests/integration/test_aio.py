@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,7 +54,7 @@ class Ticker:
     A machine that runs somebody else in between says nothing about the loop. So work is measured in
     processor time, without the garbage collector's, which grows with all that the process holds. Waiting is
     measured by another thread of this process: it counts how often it gets to look while the loop neither
-    ticks nor works.
+    ticks nor works, and no thread of ours waits for a processor.
     """
 
     _PERIOD = 0.005
@@ -101,14 +102,24 @@ class Ticker:
 
     def _watch(self) -> None:
         clock = time.pthread_getcpuclockid(self._loop_thread)
-        ticks, spent, waits = -1, 0.0, 0
+        ticks, spent, waits, starved = -1, 0.0, 0, 0.0
         while not self._ended.wait(self._PERIOD):
             before, spent = spent, time.clock_gettime(clock)
+            starved_before, starved = starved, _starved()
             if self._ticks != ticks:
                 ticks, waits = self._ticks, 0
-            elif spent - before < self._PERIOD / 10:
+            elif spent - before < self._PERIOD / 10 and starved - starved_before < self._PERIOD / 10:
                 waits += 1
                 self.longest = max(self.longest, waits * self._PERIOD)
+
+
+def _starved() -> float:
+    """For how many seconds threads of this process had work to do, and no processor. Known on Linux."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError):
+            total += int(task.read_text().split()[1])
+    return total / 1e9
 
 
 async def test_the_ticker_sees_a_loop_that_waits_and_one_that_works() -> None:
