@@ -32,12 +32,17 @@ class Deadlines:
     @contextlib.contextmanager
     def within(self, timeout: float) -> Iterator[None]:
         """Somebody waits, or does the work, and has so many seconds."""
-        deadline = Deadline(time.monotonic() + timeout, timeout * _RESERVE_SHARE)
-        self._deadlines.append(deadline)
+        deadline = self.add(timeout)
         try:
             yield
         finally:
             self._deadlines.remove(deadline)
+
+    def add(self, timeout: float) -> Deadline:
+        """From now on there is no more time than that."""
+        deadline = Deadline(time.monotonic() + timeout, timeout * _RESERVE_SHARE)
+        self._deadlines.append(deadline)
+        return deadline
 
     def left(self, reserves: int = 0) -> float:
         """Seconds, without the reserves of so many steps."""

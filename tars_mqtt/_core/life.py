@@ -56,6 +56,23 @@ class Attempt:
     """Whether to wait for *first*. Otherwise it came earlier, and the state is waited for to leave `TRYING`."""
 
 
+@attrs.frozen(eq=False)
+class Aside:
+    """A shutdown that a handler has asked for."""
+
+    life: int
+    """Which of `Life.lives` it is for."""
+    deadlines: Deadlines
+    over: threading.Event = attrs.field(factory=threading.Event)
+
+    def hurry(self, life: int, timeout: float | None) -> bool:
+        """Have it do for another handler, which has so many seconds; False where it is over, or for another life."""
+        if self.over.is_set() or life != self.life:
+            return False
+        self.deadlines.add(FOREVER if timeout is None else timeout)
+        return True
+
+
 class Life:
     """`connect`, `disconnect` and `shutdown`, which block. Any thread.
 
@@ -97,9 +114,11 @@ class Life:
         self._lock = threading.Lock()
         self._first: Future[None] | None = None
         self._shutting_down = threading.Lock()
-        self._deadlines = Deadlines()  # of those who shut down, or wait for it; others in each life
-        self._ended = 0  # lives
-        self._aside_over: threading.Event | None = None
+        self.deadlines = Deadlines()  # of those who shut down, or wait for it; others in each life
+        self._ending = False
+        self._aside: Aside | None = None
+        self.lives = 0
+        """How many have begun: from the first start, or the first after a shutdown, to the next shutdown."""
 
     def check(self) -> None:
         """Refuse to work in a forked child, which has neither the threads nor the connection."""
@@ -154,7 +173,7 @@ class Life:
             raise _still_leaving()
         try:
             overtaking = self._overtaking  # before the look at what may overtake
-            if self._state.value is ConnectionState.CLOSING:
+            if self._ending and self._state.value is not ConnectionState.CLOSED:
                 raise ClosedError("the client is being shut down: call connect() when that is over")
             if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
                 raise _still_leaving()
@@ -189,6 +208,8 @@ class Life:
 
     def _start(self, wanted_by: float) -> None:
         """Holds the lock."""
+        if self._state.value in (ConnectionState.NEW, ConnectionState.CLOSED):
+            self.lives += 1
         self._prepare()
         try:
             self._state.set(ConnectionState.CONNECTING)
@@ -308,16 +329,17 @@ class Life:
             return self._herald.goodbye(event)
         return None
 
-    def shutdown(self, timeout: float | None, reader: object) -> None:
+    def shutdown(self, timeout: float | None, reader: object, life: int | None = None) -> None:
         """Finish the work, flush, say goodbye, join every thread. Not in a handler, which it would wait for.
 
         Where another one is under way, that has no more time than this one from now on.
 
         Args:
             reader: See `Dispatcher.wait_idle`.
+            life: Which of the `lives` was meant, where it was asked for earlier; no later one is shut down.
         """
         self.check()
-        ended = self._ended
+        life = self.lives if life is None else life
         with self.within(timeout):
             if not self._shutting_down.acquire(timeout=(FOREVER if timeout is None else timeout) + _MOMENT):
                 logger.warning("shutdown: another one is still under way", extra=self._extra())
@@ -325,7 +347,7 @@ class Life:
             try:
                 if self._state.value is ConnectionState.CLOSED:
                     self._called_off = False
-                elif self._ended == ended:
+                elif self.lives == life:
                     self._shutdown(reader)
                 # Otherwise another one has done it meanwhile, and somebody has connected since.
             except BaseException:  # Ctrl-C, as a rule
@@ -336,7 +358,7 @@ class Life:
 
     def within(self, timeout: float | None) -> AbstractContextManager[None]:
         """A shutdown, be it under way or about to begin, has so many seconds."""
-        return self._deadlines.within(FOREVER if timeout is None else timeout)
+        return self.deadlines.within(FOREVER if timeout is None else timeout)
 
     def shutdown_aside(self, timeout: float | None) -> None:
         """Have a thread of its own shut down.
@@ -344,18 +366,21 @@ class Life:
         For handlers: they return, and what they had in work is finished, and acknowledged, as all other work is.
         """
         self.check()
-        over = threading.Event()
+        aside = self._aside
+        if aside is not None and aside.hurry(self.lives, timeout):
+            return
+        aside = Aside(self.lives, self.deadlines)
 
         def run() -> None:
             try:
-                self.shutdown(timeout, None)
+                self.shutdown(timeout, None, aside.life)
             finally:
-                over.set()
+                aside.over.set()
 
         name = f"tars-mqtt/{self._config.client_id}/shutdown"
         # No daemon, as the handler's thread is: a process that is at its end waits for an end in good order.
         threading.Thread(target=run, name=name, daemon=False).start()
-        self._aside_over = over
+        self._aside = aside
 
     def await_aside(self, hurried: Callable[[], bool]) -> None:
         """Wait for the shutdown that a handler has asked for, if one has, for the time that it was given.
@@ -364,18 +389,25 @@ class Life:
             hurried: Asked often; True ends the wait.
         """
         # Not by joining the thread: where Ctrl-C comes in between, Python 3.11 takes it for dead, and leaves it behind.
-        while (over := self._aside_over) is not None and not over.wait(0.1) and not hurried():
+        while (aside := self._aside) is not None and not aside.over.wait(0.1) and not hurried():
             pass
 
     def _shutdown(self, reader: object) -> None:
-        deadlines = self._deadlines
+        self._ending = True
+        try:
+            self._end(reader)
+        finally:
+            self._ending = False
+
+    def _end(self, reader: object) -> None:
+        deadlines = self.deadlines
         # A `connect` that is about to begin has begun by then, is refused, or finds that it was overtaken.
         begun = deadlines.wait(lambda seconds: self._lock.acquire(timeout=seconds))
+        if not begun:
+            self._overtaking += 1
         self._state.set(ConnectionState.CLOSING)
         if begun:
             self._lock.release()
-        else:
-            self._overtaking += 1
         self._session.inbound.close()
         dispatcher = self._dispatcher
         if not deadlines.wait(
@@ -400,13 +432,12 @@ class Life:
         self._retire()
         logger.info("shut down", extra=self._extra())
         self._called_off = False
-        self._deadlines = Deadlines()
-        self._ended += 1
+        self.deadlines = Deadlines()
         self._state.set(ConnectionState.CLOSED)  # from here on there may be another life
 
     def _leave_broker(self) -> None:
         """Flush, say goodbye, and end the network thread."""
-        deadlines, thread = self._deadlines, self._session.thread
+        deadlines, thread = self.deadlines, self._session.thread
         deadlines.wait(self._backlog.wait_flushed, 2)
         goodbye = self._say_goodbye("shutdown")
         if goodbye is not None:

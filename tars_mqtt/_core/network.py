@@ -75,7 +75,8 @@ class NetworkThread:
         if not self._ended.wait(min(timeout + _MOMENT, patience)):
             return False
         thread.join(_MOMENT)
-        self._thread = None
+        if self._thread is thread:
+            self._thread = None
         self.run_commands()  # what came when it had looked for the last time
         return True
 

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
-from tars_mqtt._core.life import Attempt
+from tars_mqtt._core.life import Aside, Attempt
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import TRYING, ConnectionState
@@ -76,8 +76,9 @@ class MQTTClient:
         self._executor: ThreadPoolExecutor | None = None
         self._blocking_calls: set[asyncio.Future[Any]] = set()
         self._stop: asyncio.Event | None = None
+        self._aside: Aside | None = None
         self._asides: set[asyncio.Task[None]] = set()
-        """Shutdowns that a handler has asked for."""
+        """The shutdown that a handler has asked for, and perhaps one of the life before."""
         self._paho = PahoFace(self)
 
     def __repr__(self) -> str:
@@ -97,6 +98,7 @@ class MQTTClient:
             self._dispatcher.bound()
             self._stop = None  # of the loop before, as those
             self._asides.clear()
+            self._aside = None
         return loop
 
     def _blocking(self, call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
@@ -184,14 +186,19 @@ class MQTTClient:
         limit = seconds(timeout, self.config.shutdown_timeout)
         life = self._engine.life
         if not self._dispatcher.in_handler():
-            await self._shut_down(self._blocking(life.shutdown, limit, asyncio.current_task()), limit)
+            work = self._blocking(life.shutdown, limit, asyncio.current_task(), life.lives)
+            await self._shut_down(work, limit)
             return
         life.check()
+        if self._aside is not None and self._aside.hurry(life.lives, limit):
+            return
+        self._aside = aside = Aside(life.lives, life.deadlines)
         # A task keeps `asyncio.run` from closing the loop meanwhile: the handlers need it.
-        shutdown = self._shut_down(self._blocking(life.shutdown, limit, None), limit)
-        aside = asyncio.Task(shutdown, loop=self._bridge.loop, context=contextvars.Context())
-        self._asides.add(aside)
-        aside.add_done_callback(self._asides.discard)
+        shutdown = self._shut_down(self._blocking(life.shutdown, limit, None, aside.life), limit)
+        task = asyncio.Task(shutdown, loop=self._bridge.loop, context=contextvars.Context())
+        task.add_done_callback(lambda _: aside.over.set())
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
 
     async def _shut_down(self, work: asyncio.Future[None], limit: float | None) -> None:
         try:

@@ -354,7 +354,7 @@ def test_the_end_of_one_shutdown_is_no_matter_of_the_next_life(make_client, brok
     client.publish("a", b"")
     eventually(lambda: client.stats().pending == 1)
     second = in_thread(client.shutdown, 10)
-    eventually(lambda: len(life._deadlines._deadlines) > 0)
+    eventually(lambda: len(life.deadlines._deadlines) > 0)
     may_return.set()
     first.result(10)
     second.result(10)
