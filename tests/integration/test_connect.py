@@ -324,6 +324,36 @@ def test_who_connects_after_a_hasty_shutdown_has_a_connection_of_his_own(make_cl
     client.publish_event("a", "n", 1, qos=1)
 
 
+def test_who_connects_while_a_shutdown_ends_what_it_overtook_is_refused(make_client, broker, monkeypatch):
+    """The overtaken one says that it connects, and is no way in: nobody would end what begins there."""
+    client = make_client(broker.url)
+    engine = getattr(client, "unwrapped", client)._engine
+    preparing, go_on = held_start(engine.life, monkeypatch)
+    abandon = engine._outbound.abandon
+    abandoning, may_go_on = threading.Event(), threading.Event()
+
+    def slow_abandon() -> int:
+        abandoning.set()
+        assert may_go_on.wait(30)
+        return abandon()
+
+    monkeypatch.setattr(engine._outbound, "abandon", slow_abandon)
+    overtaken = in_thread(engine.life.connect, 30)
+    assert preparing.wait(30)
+    later = in_thread(engine.life.connect, 30)
+    closing = in_thread(engine.life.shutdown, 0.05, None)
+    assert abandoning.wait(30)
+    go_on.set()
+    with pytest.raises(ClosedError, match="is being shut down"):
+        later.result(30)
+    may_go_on.set()
+    closing.result(30)
+    with pytest.raises(ClosedError):
+        overtaken.result(30)
+    assert client.state is ConnectionState.CLOSED
+    assert not engine._session.thread.running
+
+
 def test_a_signal_calls_off_the_wait_for_the_next_connection_too(make_client, broker):
     client = make_client(broker.url)
     client.connect()

@@ -305,6 +305,40 @@ def test_who_has_less_time_hurries_a_shutdown_that_is_under_way(make_client, bro
     broker.thaw()
 
 
+def test_a_shutdown_that_comes_late_leaves_the_next_life_alone(make_client, broker):
+    """It was asked for in the one before, by a handler for instance, and got its thread only now."""
+    client = make_client(broker.url)
+    life = getattr(client, "unwrapped", client)._engine.life
+    client.connect()
+    earlier = life.lives
+    client.shutdown()
+    client.connect()
+    life.shutdown(10, None, earlier)
+    assert client.connected
+
+
+def test_handlers_that_shut_down_share_one_shutdown(make_client, broker):
+    client = make_client(broker.url, workers=4)
+    all_there = threading.Event()
+    most = 0
+
+    def handler(payload) -> None:
+        nonlocal most
+        all_there.wait(20)
+        client.shutdown(20)
+        most = max(most, threading.active_count())
+
+    before = threading.active_count()
+    client.subscribe("a", handler, 1, order_by="topic")
+    client.connect()
+    for _ in range(200):
+        client.submit_event("a", "n", 1, qos=1)
+    eventually(lambda: client.stats().pending == 200)
+    all_there.set()
+    eventually(lambda: client.state is ConnectionState.CLOSED)
+    assert most < before + 30
+
+
 def test_a_handler_with_less_time_hurries_a_shutdown_that_is_under_way(make_client, broker):
     client = make_client(broker.url)
     in_work, hurried = threading.Event(), threading.Event()
