@@ -10,6 +10,7 @@ from tars_mqtt import ConnectError, ConnectRefusedError
 from tests.support import PacketType, ScriptedBroker, accept_and_leave, accept_and_serve, eventually
 from tests.support import packet as mqtt
 from tests.support.packet import Property
+from tests.support.wait import connect_error
 
 V311, V5 = mqtt.V311, mqtt.V5
 
@@ -100,8 +101,8 @@ def test_auto_that_nobody_answers_is_a_connect_error_with_the_reason(make_client
         client = make_client(broker.url, connect_timeout=0.4)
         started = time.monotonic()
         with pytest.raises(ConnectError, match="did not answer"):
-            client.connect(timeout=0.8)
-        assert time.monotonic() - started < 2.5
+            client.connect(timeout=1.5)
+        assert time.monotonic() - started < 3.5
         assert levels(broker)[:2] == [V5, V311]
 
 
@@ -134,22 +135,21 @@ def test_protocol_5_is_never_anything_else(make_client, refusal):
     with ScriptedBroker(refusal) as broker:
         client = make_client(broker.url, protocol="5", connect_timeout=0.3)
         with pytest.raises(ConnectError):
-            client.connect(timeout=0.5)
+            client.connect(timeout=2)
         assert set(levels(broker)) == {V5}
 
 
 def test_a_refused_version_says_so(make_client):
     with ScriptedBroker(refuse_as_5) as broker:
         client = make_client(broker.url, protocol="5")
-        with pytest.raises(ConnectError, match="does not speak this version of MQTT"):
-            client.connect(timeout=0.3)
+        connect_error(client, "does not speak this version of MQTT")
 
 
 def test_protocol_311_is_never_anything_else(make_client):
     with ScriptedBroker(hang_up) as broker:
         client = make_client(broker.url, protocol="3.1.1")
         with pytest.raises(ConnectError):
-            client.connect(timeout=0.5)
+            client.connect(timeout=2)
         assert set(levels(broker)) == {V311}
 
 
