@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import isfinite
 from reprlib import repr as shorten
 from typing import Any
@@ -22,6 +22,10 @@ from tars_mqtt.errors import EncodeError
 MAX_DEPTH = 100
 
 _SCALARS = frozenset({str, int, bool, type(None)})
+_NUMBERS = frozenset({int, float, bool})
+_MANY = 16
+"""Values from which on it pays to ask for all of them at once, and for each only then."""
+
 ARRAY_LIKE = (list, tuple, set, frozenset, deque)
 _BASES: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 _Trail = list[
@@ -54,9 +58,24 @@ def is_plain(data: object) -> bool:
     return _are_plain((data,), MAX_DEPTH)
 
 
-def _are_plain(values: Iterable[Any], depth: int) -> bool:  # noqa: C901 - in one piece, because calls are what costs
+def _are_finite(numbers: Collection[Any]) -> bool:
+    """Whether all are finite numbers. False where it is not known: their sum may be too large."""
+    try:
+        return isfinite(sum(numbers))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _are_scalars(values: Collection[Any]) -> bool:
+    kinds = set(map(type, values))
+    return kinds <= _SCALARS or (kinds <= _NUMBERS and _are_finite(values))
+
+
+def _are_plain(values: Collection[Any], depth: int) -> bool:  # noqa: C901, PLR0911 - in one piece, because calls are what costs
     # This must look before ujson does, which writes a Decimal as a float, a tuple used as a key as "(1, 2)",
     # and whatever has __json__ or toDict as these please.
+    if len(values) > _MANY and _are_scalars(values):
+        return True
     for value in values:
         kind = type(value)
         if kind is str or kind is int:
@@ -85,7 +104,9 @@ def is_bounded(data: object) -> bool:
     return _are_bounded((data,), MAX_DEPTH)
 
 
-def _are_bounded(values: Iterable[Any], depth: int) -> bool:
+def _are_bounded(values: Collection[Any], depth: int) -> bool:
+    if len(values) > _MANY and _are_finite(values):  # of JSON's values, only numbers have a sum
+        return True
     for value in values:
         kind = type(value)
         if kind is str or kind is int:

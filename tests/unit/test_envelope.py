@@ -181,6 +181,36 @@ def test_what_json_cannot_carry_is_refused_and_the_path_named(data: object, path
         assert path in str(caught.value)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), b"bytes", Foreign(), Pretender()])
+@pytest.mark.parametrize("right", [0.5, 1, True, None, "x", [1.5]], ids=repr)
+def test_one_wrong_value_among_many_is_found(wrong: object, right: object) -> None:
+    data = [right] * 500
+    data[321] = wrong
+    for values in (data, dict(zip(map(str, range(500)), data, strict=True))):
+        with pytest.raises(EncodeError) as caught:
+            encode_event("t", {"values": values}, "s")
+        assert "321" in caught.value.path
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (1e308, 1e308),
+        (-1.5, -1.5),
+        (10**400, 10**400),
+        (True, True),
+        (Decimal("0.5"), "0.5"),
+        (Level.HIGH, 3),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("other", [1.5, 2, "x"])
+def test_many_values_are_written_and_read_as_one_is(value: object, written: object, other: object) -> None:
+    """Also where their sum is too large for a double."""
+    data = [value, other] * 50
+    assert sent(data) == [written, other] * 50
+
+
 def test_depth_is_bounded_and_says_so() -> None:
     deep: Any = 1
     for _ in range(5000):
@@ -293,6 +323,8 @@ def test_a_wrong_type_is_named(key: str, value: object) -> None:
         document() + b"x",
         document(data="PLACE").replace(b'"PLACE"', b"NaN"),
         document(data="PLACE").replace(b'"PLACE"', b"1e999"),
+        document(data=[1.5] * 100 + ["PLACE"]).replace(b'"PLACE"', b"NaN"),
+        document(data=[1, 1e308] * 100 + ["PLACE"]).replace(b'"PLACE"', b"-1e999"),
         document(ts="PLACE").replace(b'"PLACE"', b"-Infinity"),
         document(data="PLACE").replace(b'"PLACE"', b"1" * 100_000),
         document(data="PLACE").replace(b'"PLACE"', b"[" * 100_000),
