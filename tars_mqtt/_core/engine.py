@@ -15,7 +15,7 @@ from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.connector import MQTT_3_1_1, MQTT_5
 from tars_mqtt._core.dispatch import Consumer, Dispatcher, Taken
-from tars_mqtt._core.handler import HandlerCall
+from tars_mqtt._core.handler import HandlerCall, name_of
 from tars_mqtt._core.inbound import Inbound
 from tars_mqtt._core.lane import Fifo, Keyed
 from tars_mqtt._core.life import Life
@@ -235,7 +235,7 @@ class Engine:
         checked_options = checked(options, self.config.workers)
         recovery = self._recovery(topic, checked_options)
         config = self.config
-        identity = self._registry.next_identity(topic)
+        identity = self._registry.next_identity(topic, "" if call is None else name_of(handler))
         claims = Claims(self.deduplicator, identity, config.correlation, self.counters, config.client_id)
         handle = (
             None if call is None else call(handler, claims, self.counters, config.client_id, recovery.verdict)

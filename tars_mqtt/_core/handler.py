@@ -111,6 +111,13 @@ def is_coroutine_function(handler: Handler) -> bool:
     )
 
 
+def name_of(handler: Handler) -> str:
+    """What a log calls it, and what it is known by across restarts."""
+    while isinstance(handler, functools.partial):  # whose repr would show its arguments
+        handler = handler.func
+    return str(getattr(handler, "__qualname__", type(handler).__qualname__))
+
+
 def _refuse_work_undone(result: object) -> None:
     """Refuse what a call has made instead of doing the work: a lambda around a coroutine function, for instance."""
     if inspect.iscoroutine(result):
@@ -193,19 +200,13 @@ class HandlerCall:
         delivery.error = f"the handler did not return within {timeout:g} s"
         logger.warning(
             "handler %s did not return within %g s on a message of %r, which counts as failed",
-            self._name(),
+            name_of(self.handler),
             timeout,
             message.topic,
             extra=log_fields(message, self._client_id),
         )
         self._counters.add("handler_timeouts")
         return self._verdict(TimeoutError(delivery.error))
-
-    def _name(self) -> str:
-        handler = self.handler
-        while isinstance(handler, functools.partial):  # whose repr would show its arguments
-            handler = handler.func
-        return str(getattr(handler, "__qualname__", type(handler).__qualname__))
 
     def succeeded(self, delivery: Delivery) -> Outcome:
         """The handler returned."""
@@ -219,7 +220,7 @@ class HandlerCall:
         message = delivery.message
         logger.error(
             "handler %s failed on a message of %r",
-            self._name(),
+            name_of(self.handler),
             message.topic,
             exc_info=error,
             extra=log_fields(message, self._client_id),

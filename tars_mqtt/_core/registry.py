@@ -61,21 +61,22 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._uses: dict[str, int] = {}
+        self._uses: dict[str, dict[str, int]] = {}
         self._most_uses = 0
         """Of all filters that are gone: new ones count on from it, so that no identity is used twice."""
         self._identifiers: set[int] = set()
         self.router: Router[FilterEntry] = Router()
 
-    def next_identity(self, topic_filter: str) -> str:
+    def next_identity(self, topic_filter: str, handler: str) -> str:
         """A name for a registration to come, never used twice.
 
-        It is the same in each run of a service that subscribes and unsubscribes in the same order.
+        It is the same in each run of a service, whatever else subscribes there. Only those of one filter whose
+        handlers have the same name are told apart by their order.
         """
         with self._lock:
-            number = self._uses.get(topic_filter, self._most_uses) + 1
-            self._uses[topic_filter] = number
-            return f"{topic_filter}#{number}"
+            uses = self._uses.setdefault(topic_filter, {})
+            uses[handler] = number = uses.get(handler, self._most_uses) + 1
+            return f"{topic_filter}#{handler}#{number}"
 
     def add(self, registration: Registration) -> FilterEntry:
         """Enter a registration; returns the filter that the broker must be asked for."""
@@ -104,7 +105,7 @@ class Registry:
                 return None
             self.router = self.router.remove(entry.topic_filter)
             self._identifiers.discard(entry.identifier)
-            self._most_uses = max(self._most_uses, self._uses.pop(entry.topic_filter, 0))
+            self._most_uses = max((self._most_uses, *self._uses.pop(entry.topic_filter, {}).values()))
             return entry
 
     def registrations(self) -> list[Registration]:

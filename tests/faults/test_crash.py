@@ -226,7 +226,11 @@ Ledger.take_due = take_due
 client = make_client(
     url, client_id="worker", outbox=path, dedupe_durable=True, dedupe_ttl=600, dedupe_max_entries=100
 )
-client.subscribe("work", lambda payload: say("handled"), 1)
+def work(payload):
+    say("handled")
+
+
+client.subscribe("work", work, 1)
 client.connect()
 say("ready")
 time.sleep(60)
@@ -246,12 +250,20 @@ def test_an_event_handled_by_a_process_that_was_killed_before_its_acknowledgemen
         assert worker.wait() == -9
         assert worker.output.count("handled") == 1
     again: list[bytes] = []
+    others: list[bytes] = []
+
+    def work(payload: bytes) -> None:
+        again.append(payload)
+
+    work.__qualname__ = "work"  # as in the program
     heir = make_client(broker.url, client_id="worker", outbox=path, dedupe_durable=True, **KEPT)
-    heir.subscribe("work", again.append, 1)
+    heir.subscribe("work", others.append, 1)  # a release later, and before the other
+    heir.subscribe("work", work, 1)
     heir.connect()
     eventually(lambda: heir.stats().duplicates == 1)
     boss.publish_event("work", "n", 2, qos=1)
     eventually(lambda: numbers(again) == [2])
+    eventually(lambda: numbers(others) == [1, 2])
 
 
 # -- the disk -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import defaultdict
 
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.lane import Fifo
@@ -21,11 +22,22 @@ def added(registry: Registry, topic: str = "a/+", qos: int = 0) -> Registration:
 
 
 def test_identities_are_never_used_twice_and_are_the_same_in_each_run() -> None:
-    """What deduplication remembers across restarts is found again by them."""
-    runs = [
-        [registry.next_identity(topic) for topic in ("a", "b", "a")] for registry in (Registry(), Registry())
-    ]
-    assert runs == [["a#1", "b#1", "a#2"]] * 2
+    """What deduplication remembers across restarts is found again by them, and taken for nobody else's."""
+
+    def identities(*subscriptions: tuple[str, str]) -> dict[tuple[str, str], list[str]]:
+        registry, found = Registry(), defaultdict(list)
+        for topic, handler in subscriptions:
+            found[topic, handler].append(registry.next_identity(topic, handler))
+        return found
+
+    one, other, elsewhere = ("a", "bill"), ("a", "log"), ("b", "bill")
+    run = identities(one, other, elsewhere, one)
+    assert len({identity for same in run.values() for identity in same}) == 4
+    assert identities(elsewhere, other, one, one) == run
+    assert identities(("new", "bill"), ("a", "new"), one, other, one, elsewhere) | run == run | {
+        ("new", "bill"): ["new#bill#1"],
+        ("a", "new"): ["a#new#1"],
+    }
 
 
 def test_registrations_of_the_same_filter_share_an_entry() -> None:
@@ -143,7 +155,7 @@ def test_filters_that_are_gone_are_not_remembered() -> None:
     identities = set()
     for number in range(100):
         for topic in ("a", f"replies/{number}"):
-            identities.add(registry.next_identity(topic))
+            identities.add(registry.next_identity(topic, "reply"))
             registry.remove(added(registry, topic))
     assert len(identities) == 200
     assert registry._uses == {}
