@@ -215,6 +215,9 @@ class MQTTClientConfig:
         rule.seconds(0.0, 4_294_967_295.0, whole=True),
         "How long the broker keeps our session while we are away; 0 is a clean session",
     )
+    drain_shared: bool = _flag(
+        "DRAIN_SHARED", "A shutdown leaves shared subscriptions first, and handles what they have brought"
+    )
     workers: int = _setting(8, "WORKERS", rule.whole(1, 1000), "Threads that run handlers")
     max_inflight: int = _setting(
         64, "MAX_INFLIGHT", rule.whole(1, 65_535), "QoS 1/2 messages sent without ack"

@@ -26,6 +26,7 @@ class Settings(TypedDict, total=False):
     handler_timeout: float
     protocol: Literal["auto", "5", "3.1.1"]
     session_expiry: float
+    drain_shared: bool
     workers: int
     max_inflight: int
     max_queued: int

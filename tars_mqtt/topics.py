@@ -10,7 +10,7 @@ from typing import Final
 
 from tars_mqtt.errors import TopicError
 
-__all__ = ["check_filter", "check_topic", "matches", "split_share", "topic_bytes"]
+__all__ = ["check_filter", "check_topic", "is_shared", "matches", "split_share", "topic_bytes"]
 
 MAX_STRING_BYTES: Final = 65_535
 """Of a string on the wire, by its length field of two bytes [MQTT-1.5.3]."""
@@ -72,6 +72,11 @@ def split_share(topic_filter: str) -> tuple[str | None, str]:
         return None, topic_filter
     group, _, plain = topic_filter[len(_SHARE) :].partition("/")
     return group, plain
+
+
+def is_shared(topic_filter: str) -> bool:
+    """Whether the messages are shared among the subscribers of a group [MQTT-4.8.2]."""
+    return split_share(topic_filter)[0] is not None
 
 
 def matches(topic_filter: str, topic: str) -> bool:

@@ -68,6 +68,11 @@ class Inbound:
         """Messages of QoS 1 and 2 that this connection still waits to see acknowledged."""
         return len(self._ledger)
 
+    @property
+    def taken(self) -> int:
+        """Messages of QoS 1 and 2 that were entered so far."""
+        return self._ledger.taken
+
     # -- connections ------------------------------------------------------------------------
 
     def new_connection(self, v5: bool, resumed: bool, unknown_session: bool, now: float) -> None:

@@ -50,6 +50,8 @@ class Ledger:
     """
 
     def __init__(self) -> None:
+        self.taken = 0
+        """Messages entered so far."""
         self._order: deque[Acknowledgement] = deque()
         self._in_work: dict[int, Acknowledgement] = {}
         # QoS 2 packet ids between our PUBREC and the broker's PUBREL [MQTT-4.3.3-10].
@@ -91,6 +93,7 @@ class Ledger:
 
     def accept(self, packet_id: int, message: Message, deliveries: int) -> Acknowledgement:
         """Enter a message that goes to that many handlers."""
+        self.taken += 1
         acknowledgement = Acknowledgement(message, packet_id, deliveries)
         self._in_work[packet_id] = acknowledgement
         self._order.append(acknowledgement)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -408,11 +408,10 @@ class Life:
         self._state.set(ConnectionState.CLOSING)
         if begun:
             self._lock.release()
+        if self._config.drain_shared and self._session.thread.running:
+            self._leave_groups(reader)
         self._session.inbound.close()
-        dispatcher = self._dispatcher
-        if not deadlines.wait(
-            lambda seconds: dispatcher.wait_idle(seconds, reader) or dispatcher.deserted, 2
-        ):
+        if not self._await_handlers(reader):
             logger.warning("shutdown: handlers still run; going on without them", extra=self._extra())
         self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.thread.running:
@@ -423,7 +422,7 @@ class Life:
                 logger.warning(
                     "shutdown: the broker did not acknowledge %d messages in time", lost, extra=self._extra()
                 )
-            for name in dispatcher.stop(deadlines.left()):
+            for name in self._dispatcher.stop(deadlines.left()):
                 logger.warning(
                     "shutdown: the handler on thread %s does not return", name, extra=self._extra()
                 )
@@ -434,6 +433,26 @@ class Life:
         self._called_off = False
         self.deadlines = Deadlines()
         self._state.set(ConnectionState.CLOSED)  # from here on there may be another life
+
+    def _await_handlers(self, reader: object) -> bool:
+        dispatcher = self._dispatcher
+        return self.deadlines.wait(
+            lambda seconds: dispatcher.wait_idle(seconds, reader) or dispatcher.deserted, 2
+        )
+
+    def _leave_groups(self, reader: object) -> None:
+        """Take no more from shared subscriptions, and handle what the broker has sent, or still sends, for them."""
+        inbound, handled = self._session.inbound, -1
+        # Each acknowledgement may bring one more of those that the broker has set aside for us. Its answer to an
+        # UNSUBSCRIBE behind them says that there was none.
+        while self._groups_left() and inbound.taken != handled:
+            handled = inbound.taken
+            if not self._await_handlers(reader):
+                break
+
+    def _groups_left(self) -> bool:
+        answers = self._session.leave_groups()
+        return self.deadlines.wait(lambda seconds: not wait(answers, seconds).not_done, 2)
 
     def _leave_broker(self) -> None:
         """Flush, say goodbye, and end the network thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -120,6 +121,7 @@ class Session:
         self._first = first = Future[None]()
         self._wanted_by = wanted_by
         self._backoff.reset()
+        self._subscriber.start()
         self.thread.start(self._run)
         return first
 
@@ -136,6 +138,13 @@ class Session:
     def unsubscribe(self, entry: FilterEntry, waiter: Future[None]) -> None:
         """Have the broker told that a filter is not needed any more; *waiter* is told the answer."""
         self.thread.call(lambda: self._subscriber.unsubscribe(entry, waiter))
+
+    def leave_groups(self) -> list[Future[None]]:
+        """Unsubscribe from shared filters until the next start; each future is done when the broker has answered."""
+        waiters = {topic_filter: Future[None]() for topic_filter in self._subscriber.shared_filters()}
+        if waiters:
+            self.thread.call(lambda: self._leave_groups(waiters))
+        return list(waiters.values())
 
     def forget(self, entry: FilterEntry) -> None:
         """While there is no network thread: have the broker told of it on the next connection."""
@@ -346,6 +355,12 @@ class Session:
         self._outbound.suspicion.answered()
         if asked is not None:
             self.ping_round_trip = time.monotonic() - asked
+
+    def _leave_groups(self, waiters: dict[str, Future[None]]) -> None:
+        # Acknowledgements first: what the broker sends in return comes before its answer.
+        with contextlib.suppress(ConnectionLostError):
+            self.transport.write_all(self.inbound.acknowledgements())
+        self._subscriber.leave_groups(waiters)
 
     def _subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         self.inbound.subscribed(time.monotonic())

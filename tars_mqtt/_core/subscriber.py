@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stream import ConnectionLostError
 from tars_mqtt._core.transport import Transport
 from tars_mqtt.errors import SubscribeError
+from tars_mqtt.topics import is_shared
 
 logger = logging.getLogger("tars_mqtt.session")
 
@@ -39,6 +41,7 @@ class Subscriber:
         self._leaving: dict[int, tuple[str, Future[None] | None]] = {}
         """The filter of each UNSUBSCRIBE that is not answered, and who waits for that."""
         self._stale: set[str] = set()
+        self._left_groups = False
         self._refused: list[tuple[str, str]] = []
 
     @property
@@ -56,6 +59,14 @@ class Subscriber:
         refused, self._refused = self._refused, []
         return _subscribe_error(refused) if refused else None
 
+    def shared_filters(self) -> list[str]:
+        """Those of groups. Any thread."""
+        return [entry.topic_filter for entry in self._registry.entries() if is_shared(entry.topic_filter)]
+
+    def start(self) -> None:
+        """A network thread begins: every filter is to be asked for."""
+        self._left_groups = False
+
     def connected(self, connack: Connack, resumed: bool) -> None:
         """Ask for what this session of the broker does not have yet."""
         self._connected = True
@@ -66,12 +77,34 @@ class Subscriber:
         stale, self._stale = self._stale, set()
         if connack.session_present:
             for topic_filter in stale:
-                if self._registry.router.get(topic_filter) is None:
+                if not self._wants(topic_filter):
                     self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, None
         for entry in self._registry.entries():
-            if entry.session != self._session:
+            if entry.session != self._session and self._wants(entry.topic_filter):
                 self._restoring.add(entry)
                 self._ask(entry, entry.registrations)
+
+    def _wants(self, topic_filter: str) -> bool:
+        if self._left_groups and is_shared(topic_filter):
+            return False
+        return self._registry.router.get(topic_filter) is not None
+
+    def leave_groups(self, waiters: dict[str, Future[None]]) -> None:
+        """Unsubscribe from the shared filters, though they stay registered: until the next start.
+
+        Args:
+            waiters: The filters, and who is told of each that the broker has answered, or that there is nobody to ask.
+        """
+        self._left_groups = True
+        for topic_filter, waiter in waiters.items():
+            entry = self._registry.router.get(topic_filter)
+            if entry is None:
+                _settle(waiter, None)
+                continue
+            entry.session = 0
+            self._restoring.discard(entry)
+            self._tell(entry, None)
+            self._leave(entry, waiter)
 
     def disconnected(self) -> None:
         """Nobody is there to answer."""
@@ -110,15 +143,16 @@ class Subscriber:
         self._tell(entry, None)
         if self._registry.router.get(entry.topic_filter) is not None:
             _settle(waiter, None)  # somebody needs it again
-        elif not self._connected:
-            self.forget(entry)
-            _settle(waiter, None)
         else:
-            try:
+            self._leave(entry, waiter)
+
+    def _leave(self, entry: FilterEntry, waiter: Future[None]) -> None:
+        if self._connected:
+            with contextlib.suppress(ConnectionLostError):
                 self._leaving[self._transport.unsubscribe(entry.topic_filter)] = entry.topic_filter, waiter
-            except ConnectionLostError:
-                self.forget(entry)
-                _settle(waiter, None)
+                return
+        self.forget(entry)
+        _settle(waiter, None)
 
     def forget(self, entry: FilterEntry) -> None:
         """The broker may still have a filter that nobody needs: tell it when there is a connection."""

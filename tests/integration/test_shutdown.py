@@ -11,8 +11,11 @@ import pytest
 from tars_mqtt import ClosedError, ConnectionState, MQTTClient
 from tars_mqtt._core import transport
 from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, ScriptedConnection, eventually
+from tests.support import packet as mqtt
+from tests.support.packet import Packet
 from tests.support.port import HOST, free_port
 from tests.support.thread import in_thread
+from tests.support.traffic import numbers
 
 SLACK = 1.5
 """Seconds that a busy machine may take on top of the promised time."""
@@ -147,6 +150,97 @@ def test_shutdown_lets_handlers_finish_and_acknowledges_what_they_did(make_clien
     assert client.stats().handled == 1
     eventually(lambda: "Received PUBACK from me" in broker.log)
     assert "PUBLISH from me (d0, q1, r0, m16385, 'done'" in broker.log.partition("Received PUBACK from me")[0]
+
+
+def test_a_worker_that_goes_strands_no_job_of_its_group(make_client, broker):
+    """Those that the broker has set aside for it are handled by it, all others by the rest of the group."""
+    handled: list[bytes] = []
+
+    def handle(payload: bytes) -> None:
+        time.sleep(0.005)
+        handled.append(payload)
+
+    workers = [make_client(broker.url, f"worker-{number}", drain_shared=True) for number in range(3)]
+    for worker in workers:
+        worker.subscribe("$share/group/jobs", handle, 1)
+        worker.connect()
+    boss = make_client(broker.url, "boss")
+    boss.connect()
+    for number in range(600):
+        boss.submit_event("jobs", "job", number, qos=1)
+        if number in (200, 400):
+            workers.pop().shutdown(timeout=20)
+        time.sleep(0.001)
+    eventually(lambda: sorted(numbers(handled)) == list(range(600)))
+    again = make_client(broker.url, "worker-2", drain_shared=True)
+    again.subscribe("$share/group/jobs", handle, 1)
+    again.connect()
+    again.shutdown()
+    assert len(handled) == 600
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_what_a_broker_sends_for_each_acknowledgement_of_a_worker_that_goes_is_handled(make_client, protocol):
+    """It may go on with what it has for us [MQTT-3.10.4-4]; the filter is asked for again in the next life."""
+    handled: list[bytes] = []
+
+    def script(connection: ScriptedConnection) -> None:
+        def instead(packet: Packet) -> None:
+            if packet.type == PacketType.SUBSCRIBE and b"jobs" in packet.body:
+                connection.send(mqtt.publish("jobs", b"1", qos=1, packet_id=1, level=connection.level))
+            elif packet.type == PacketType.PUBACK and packet.packet_id < 5:
+                number = packet.packet_id + 1
+                connection.send(
+                    mqtt.publish("jobs", b"%d" % number, qos=1, packet_id=number, level=connection.level)
+                )
+
+        connection.accept()
+        connection.serve(instead)
+
+    def handle(payload: bytes) -> None:
+        time.sleep(0.1)
+        handled.append(payload)
+
+    with ScriptedBroker(script) as broker:
+        client = make_client(broker.url, protocol=protocol, drain_shared=True)
+        client.subscribe("$share/group/jobs", handle, 1)
+        client.subscribe("news", print)
+        client.connect()
+        client.shutdown()
+        assert handled == [b"1", b"2", b"3", b"4", b"5"]
+        level = mqtt.V5 if protocol == "5" else mqtt.V311
+        for packet in broker.received(PacketType.UNSUBSCRIBE):
+            assert mqtt.read_unsubscribe(packet, level) == ["$share/group/jobs"]
+        broker.wait_for(PacketType.PUBACK, 5)
+        client.connect()
+        assert len(broker.received(PacketType.SUBSCRIBE)) == 4
+
+
+def test_a_worker_that_goes_while_its_broker_is_away_does_not_join_its_group_again(make_client):
+    """Its session may be there still: the filter is left on the next connection, if there is one in time."""
+
+    def hangs_up(connection: ScriptedConnection) -> None:
+        def instead(packet: Packet) -> bool:
+            if packet.type == PacketType.UNSUBSCRIBE:
+                connection.close()
+            return packet.type == PacketType.PUBLISH
+
+        connection.accept()
+        connection.serve(instead)
+
+    def goes_on(connection: ScriptedConnection) -> None:
+        connection.accept(session_present=True)
+        connection.serve()
+
+    with ScriptedBroker(hangs_up, goes_on) as broker:
+        client = make_client(broker.url, "worker", drain_shared=True)
+        client.subscribe("$share/group/jobs", print, 1)
+        client.connect()
+        receipt = client.submit_event("a", "n", 1, qos=1)
+        client.shutdown()
+        receipt.result(0)
+        assert len(broker.received(PacketType.UNSUBSCRIBE)) == 2
+        assert len(broker.received(PacketType.SUBSCRIBE)) == 1
 
 
 def test_shutdown_ends_an_iteration(make_client, shared_broker, unique):
