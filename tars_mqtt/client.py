@@ -125,13 +125,16 @@ class MQTTClient:
         Args:
             timeout: Seconds; ``shutdown_timeout`` unless given.
         """
-        limit = seconds(timeout, self.config.shutdown_timeout)
+        self._shut_down(seconds(timeout, self.config.shutdown_timeout), None)
+
+    def _shut_down(self, limit: float | None, life: int | None) -> None:
+        """Shut down; with *life*, only that of the `Life.lives`."""
         if self._engine.dispatcher.in_handler():
             self._engine.life.shutdown_aside(limit)
             self._stop.put(None)  # not before: `run` shuts down, too, and in its own time
         else:
             self._stop.put(None)
-            self._engine.life.shutdown(limit, threading.current_thread())
+            self._engine.life.shutdown(limit, threading.current_thread(), life)
 
     def __enter__(self) -> Self:
         try:
@@ -149,10 +152,11 @@ class MQTTClient:
     ) -> None:
         if self._engine.life.forked:  # a child that leaves the block has nothing to end here
             return
+        life = self._engine.life.asked_to_end()  # whoever connects when that has ended, goes on
         try:
             self._engine.life.await_aside(lambda: exc is not None)
         finally:
-            self.shutdown()
+            self._shut_down(self.config.shutdown_timeout, life)
 
     def run(self, timeout: Timeout = DEFAULT) -> None:
         """Connect if needed, serve until SIGINT or SIGTERM, then shut down.
@@ -173,9 +177,11 @@ class MQTTClient:
             stop.put(None)
             self._engine.life.call_off()
 
-        with _on_signals(end):
+        life = None
+        with _on_signals(end, self._engine.life.forget_signals):
             try:
                 self.connect(timeout)
+                life = self._engine.life.lives  # whoever connects when that has ended, goes on
                 while True:
                     # On Windows an untimed wait cannot be interrupted by a signal.
                     with contextlib.suppress(queue.Empty):
@@ -188,7 +194,7 @@ class MQTTClient:
                 try:
                     self._engine.life.await_aside(lambda: bool(signals))
                 finally:
-                    self.shutdown()
+                    self._shut_down(self.config.shutdown_timeout, life)
 
     def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first, or the client is shut down.
@@ -446,8 +452,8 @@ def _rest(limit: float | None, started: float) -> float | None:
 
 
 @contextlib.contextmanager
-def _on_signals(action: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM call *action*; on other threads than the main one, nothing."""
+def _on_signals(action: Callable[[], None], over: Callable[[], None]) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM call *action*, but on the main thread only; *over* when none will any more."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -458,3 +464,4 @@ def _on_signals(action: Callable[[], None]) -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # None is one that was not installed from Python
                 signal.signal(number, handler)
+        over()

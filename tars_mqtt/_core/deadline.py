@@ -46,7 +46,9 @@ class Deadlines:
 
     def left(self, reserves: int = 0) -> float:
         """Seconds, without the reserves of so many steps."""
-        deadline = min(self._deadlines)
+        deadline = min(self._deadlines, default=None)
+        if deadline is None:  # Ctrl-C has ended the life halfway, and its deadlines with it
+            return 0.0
         return max(0.0, deadline.at - reserves * deadline.reserve - time.monotonic())
 
     def wait(self, step: Callable[[float], bool], reserves: int = 0) -> bool:

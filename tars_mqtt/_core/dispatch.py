@@ -222,19 +222,14 @@ class Dispatcher:
             burst is not None and burst.dispatcher is self and burst.in_work_as(number, current_message.get())
         )
 
-    def wait_idle(self, timeout: float, reader: object) -> bool:
-        """Wait until nothing waits or is in work. Not in a handler.
-
-        Args:
-            reader: The thread or task that waits. Where it reads an iterator itself, or nobody does, what the
-                iterator holds is not waited for.
-        """
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing waits or is in work, but for what iterators hold that nobody reads. Not in a handler."""
 
         def unread() -> int:
             return sum(
                 len(consumer.lane) + consumer.tokens
                 for consumer in self._iterators
-                if consumer.reader is reader or _has_left(consumer.reader)
+                if _has_left(consumer.reader)
             )
 
         with self._lock:
@@ -417,14 +412,22 @@ class Dispatcher:
         self._taken_back(taken, handled=1)
 
     def _taken_back(self, taken: Taken, handled: int) -> None:
+        self._over(taken.delivery)  # first: who waits until nothing is in work may close the connection
         with self._lock:
             self._finish(taken.turn, [taken.delivery], handled, 0.0)
-        self._over(taken.delivery)
 
     def left_alone(self, consumer: Consumer) -> None:
         """Nobody asks an iterator for the next delivery any more."""
         with self._lock:
             consumer.reader = None
+            self._tell()
+
+    def leave_iterators(self, reader: object) -> None:
+        """A thread or task has other things to do than to read."""
+        with self._lock:
+            for consumer in self._iterators:
+                if consumer.reader is reader:
+                    consumer.reader = None
             self._tell()
 
 

@@ -106,7 +106,8 @@ class Life:
         self.forked = False
         """Whether this is the child of a fork, and the client its parent's."""
         self._called_off = False
-        self._overtaking = 0  # shutdowns that had no time to wait for the lock
+        self.latest_end = object()
+        """Another one since the latest call for a shutdown: whoever began to connect before is overtaken."""
         self._attempts: set[Attempt] = set()  # that are waited for; each step on it is atomic
         self._has_come: Future[None] | None = None
         """`Attempt.first` of the latest start whose connection some caller has."""
@@ -161,39 +162,47 @@ class Life:
 
     # The parts of `connect`, for callers that wait in another way: `begin`, then `came_about` or `failed`, and `over`.
 
-    def begin(self, timeout: float | None) -> Attempt:
+    def begin(self, timeout: float | None, latest_end: object = None) -> Attempt:
         """Start if needed; what is to be waited for then is in the attempt.
 
         Args:
             timeout: Seconds to wait for others that start or stop.
+            latest_end: That of the moment from which the caller wants to connect; now, unless given.
         """
         self.check()
+        latest_end = latest_end or self.latest_end  # before the wait for others, one of which may shut down
         deadline = time.monotonic() + (FOREVER if timeout is None else timeout)
         if not self._lock.acquire(timeout=_until(deadline)):
             raise _still_leaving()
         try:
-            overtaking = self._overtaking  # before the look at what may overtake
-            if self._ending and self._state.value is not ConnectionState.CLOSED:
-                raise ClosedError("the client is being shut down: call connect() when that is over")
-            if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
-                raise _still_leaving()
-            # Asked before the thread starts: its first connection may come and go before this one looks.
-            starts = not self._session.thread.running or self._first is None or not self._first.done()
-            if not self._session.thread.running:
-                self._start(deadline)
-            assert self._first is not None
-            attempt = Attempt(self._first, starts)
-            self._attempts.add(attempt)
-            overtaken = overtaking != self._overtaking
+            attempt = self._begin(deadline, latest_end)
+            overtaken = latest_end is not self.latest_end
             if overtaken:
                 self._session.thread.interrupt()  # under the lock: nobody joins what is about to end
         finally:
             self._lock.release()
         if overtaken:
             self._finish_overtaken(attempt)
-            raise ClosedError("the client was shut down while it connected")
+            raise _overtaken()
         if self._called_off:
             self.call_off()  # a signal came before there was anything to interrupt
+        return attempt
+
+    def _begin(self, deadline: float, latest_end: object) -> Attempt:
+        """Holds the lock."""
+        if self._ending and self._state.value is not ConnectionState.CLOSED:
+            raise ClosedError("the client is being shut down: call connect() when that is over")
+        if latest_end is not self.latest_end:
+            raise _overtaken()
+        if self._session.thread.leaving and not self._session.thread.leave(_until(deadline)):
+            raise _still_leaving()
+        # Asked before the thread starts: its first connection may come and go before this one looks.
+        starts = not self._session.thread.running or self._first is None or not self._first.done()
+        if not self._session.thread.running:
+            self._start(deadline)
+        assert self._first is not None
+        attempt = Attempt(self._first, starts)
+        self._attempts.add(attempt)
         return attempt
 
     def _finish_overtaken(self, attempt: Attempt) -> None:
@@ -203,7 +212,8 @@ class Life:
                 alone = self._first is attempt.first
             if alone:
                 with self.within(self._config.shutdown_timeout):
-                    self._shutdown(threading.current_thread())
+                    self._dispatcher.leave_iterators(threading.current_thread())
+                    self._shutdown()
         self.over(attempt)
 
     def _start(self, wanted_by: float) -> None:
@@ -284,8 +294,14 @@ class Life:
         if self._attempts:
             self._session.thread.interrupt()
 
+    def forget_signals(self) -> None:
+        """No signal handler will `call_off` any more: the next `connect` is another matter."""
+        self._called_off = False
+
     def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
         """End the network thread; what is queued stays queued. False when it does not end in time.
+
+        Where a shutdown is under way, that is left to it: it may still bring out what is queued.
 
         Args:
             first: Only the one that promised this; another may have been started since.
@@ -295,7 +311,7 @@ class Life:
 
     def _stop_network(self, timeout: float, first: Future[None] | None) -> bool:
         """Holds the lock."""
-        if first is not None and first is not self._first:
+        if self._ending or (first is not None and first is not self._first):
             return True
         if not self._closing:
             self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
@@ -313,7 +329,7 @@ class Life:
         self.check()
         # Of this life: while the goodbye is waited for, others may end it, and begin the next.
         first = self._first
-        if not self._session.thread.running:
+        if self._ending or not self._session.thread.running:
             return
         deadline = time.monotonic() + self._config.shutdown_timeout
         goodbye = self._say_goodbye("disconnected")
@@ -329,17 +345,25 @@ class Life:
             return self._herald.goodbye(event)
         return None
 
+    def asked_to_end(self) -> int:
+        """A shutdown is called for: who connects meanwhile is overtaken. Returns which of the `lives` it is for."""
+        self.latest_end = object()
+        return (
+            self.lives
+        )  # behind that: what has begun to connect is of this life, or finds that it was overtaken
+
     def shutdown(self, timeout: float | None, reader: object, life: int | None = None) -> None:
         """Finish the work, flush, say goodbye, join every thread. Not in a handler, which it would wait for.
 
         Where another one is under way, that has no more time than this one from now on.
 
         Args:
-            reader: See `Dispatcher.wait_idle`.
-            life: Which of the `lives` was meant, where it was asked for earlier; no later one is shut down.
+            reader: The thread or task that waits: what its own iterators hold is not waited for.
+            life: What `asked_to_end` returned, where it was asked for earlier; no later one is shut down.
         """
         self.check()
-        life = self.lives if life is None else life
+        life = self.asked_to_end() if life is None else life
+        self._dispatcher.leave_iterators(reader)
         with self.within(timeout):
             if not self._shutting_down.acquire(timeout=(FOREVER if timeout is None else timeout) + _MOMENT):
                 logger.warning("shutdown: another one is still under way", extra=self._extra())
@@ -348,7 +372,7 @@ class Life:
                 if self._state.value is ConnectionState.CLOSED:
                     self._called_off = False
                 elif self.lives == life:
-                    self._shutdown(reader)
+                    self._shutdown()
                 # Otherwise another one has done it meanwhile, and somebody has connected since.
             except BaseException:  # Ctrl-C, as a rule
                 self._called_off = False
@@ -366,10 +390,10 @@ class Life:
         For handlers: they return, and what they had in work is finished, and acknowledged, as all other work is.
         """
         self.check()
-        aside = self._aside
-        if aside is not None and aside.hurry(self.lives, timeout):
+        life, aside = self.asked_to_end(), self._aside
+        if aside is not None and aside.hurry(life, timeout):
             return
-        aside = Aside(self.lives, self.deadlines)
+        aside = Aside(life, self.deadlines)
 
         def run() -> None:
             try:
@@ -388,30 +412,28 @@ class Life:
         Args:
             hurried: Asked often; True ends the wait.
         """
+        self._dispatcher.leave_iterators(threading.current_thread())  # which waits, and reads them no more
         # Not by joining the thread: where Ctrl-C comes in between, Python 3.11 takes it for dead, and leaves it behind.
         while (aside := self._aside) is not None and not aside.over.wait(0.1) and not hurried():
             pass
 
-    def _shutdown(self, reader: object) -> None:
+    def _shutdown(self) -> None:
         self._ending = True
         try:
-            self._end(reader)
+            self._end()
         finally:
             self._ending = False
 
-    def _end(self, reader: object) -> None:
+    def _end(self) -> None:
         deadlines = self.deadlines
         # A `connect` that is about to begin has begun by then, is refused, or finds that it was overtaken.
-        begun = deadlines.wait(lambda seconds: self._lock.acquire(timeout=seconds))
-        if not begun:
-            self._overtaking += 1
-        self._state.set(ConnectionState.CLOSING)
-        if begun:
-            self._lock.release()
+        if not deadlines.wait(self._begin_to_close):
+            self.latest_end = object()
+            self._state.set(ConnectionState.CLOSING)
         if self._config.drain_shared and self._session.thread.running:
-            self._leave_groups(reader)
+            self._leave_groups()
         self._session.inbound.close()
-        if not self._await_handlers(reader):
+        if not self._await_handlers():
             logger.warning("shutdown: handlers still run; going on without them", extra=self._extra())
         self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
         if self._session.thread.running:
@@ -434,20 +456,28 @@ class Life:
         self.deadlines = Deadlines()
         self._state.set(ConnectionState.CLOSED)  # from here on there may be another life
 
-    def _await_handlers(self, reader: object) -> bool:
-        dispatcher = self._dispatcher
-        return self.deadlines.wait(
-            lambda seconds: dispatcher.wait_idle(seconds, reader) or dispatcher.deserted, 2
-        )
+    def _begin_to_close(self, timeout: float) -> bool:
+        """Wait until nobody starts or stops; False when the time was up first."""
+        if not self._lock.acquire(timeout=timeout):
+            return False
+        try:
+            self._state.set(ConnectionState.CLOSING)
+        finally:
+            self._lock.release()
+        return True
 
-    def _leave_groups(self, reader: object) -> None:
+    def _await_handlers(self) -> bool:
+        dispatcher = self._dispatcher
+        return self.deadlines.wait(lambda seconds: dispatcher.wait_idle(seconds) or dispatcher.deserted, 2)
+
+    def _leave_groups(self) -> None:
         """Take no more from shared subscriptions, and handle what the broker has sent, or still sends, for them."""
         inbound, handled = self._session.inbound, -1
         # Each acknowledgement may bring one more of those that the broker has set aside for us. Its answer to an
         # UNSUBSCRIBE behind them says that there was none.
         while self._groups_left() and inbound.taken != handled:
             handled = inbound.taken
-            if not self._await_handlers(reader):
+            if not self._await_handlers():
                 break
 
     def _groups_left(self) -> bool:
@@ -457,7 +487,8 @@ class Life:
     def _leave_broker(self) -> None:
         """Flush, say goodbye, and end the network thread."""
         deadlines, thread = self.deadlines, self._session.thread
-        deadlines.wait(self._backlog.wait_flushed, 2)
+        # A refusal of the broker may end the thread: then nothing leaves any more.
+        deadlines.wait(lambda seconds: self._backlog.wait_flushed(seconds) or not thread.running, 2)
         goodbye = self._say_goodbye("shutdown")
         if goodbye is not None:
             deadlines.wait(lambda seconds: _acknowledged(goodbye, seconds), 1)
@@ -481,6 +512,10 @@ def _until(deadline: float) -> float:
 
 def _still_leaving() -> ConnectError:
     return ConnectError("the client is still busy leaving the broker; call connect() again")
+
+
+def _overtaken() -> ClosedError:
+    return ClosedError("the client was shut down while it connected")
 
 
 def _not_started() -> NotConnectedError:

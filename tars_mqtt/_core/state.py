@@ -40,19 +40,20 @@ class StateCell:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # of its own: Ctrl-C cannot come between taking it and the block
+        self._condition = threading.Condition(self._lock)
         self._listeners: set[Callable[[], None]] = set()
         self.value = ConnectionState.NEW
 
     def set(self, value: ConnectionState) -> None:
         """Change the state and wake all who wait."""
-        with self._condition:
+        with self._lock:
             self._change(value)
         self._tell()
 
     def replace(self, old: ConnectionState, new: ConnectionState) -> bool:
         """Change the state only from *old*; say whether it was so."""
-        with self._condition:
+        with self._lock:
             if self.value is not old:
                 return False
             self._change(new)
@@ -64,22 +65,22 @@ class StateCell:
         self._condition.notify_all()
 
     def _tell(self) -> None:
-        with self._condition:
+        with self._lock:
             listeners = tuple(self._listeners)
         for listener in listeners:
             listener()
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Have *listener* called after each change, on the thread that made it; it must not block."""
-        with self._condition:
+        with self._lock:
             self._listeners.add(listener)
 
     def ignore(self, listener: Callable[[], None]) -> None:
         """Undo `listen`."""
-        with self._condition:
+        with self._lock:
             self._listeners.discard(listener)
 
     def wait(self, predicate: Callable[[ConnectionState], bool], timeout: float | None) -> bool:
         """Wait until *predicate* holds for the state; False when the time ran out first."""
-        with self._condition:
+        with self._lock:
             return self._condition.wait_for(lambda: predicate(self.value), timeout)

@@ -77,8 +77,10 @@ class Transport:
         self._signalled = True
         if self._sleeping:
             self._sleeping = False
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105 - at once: Ctrl-C in between would leave the thread asleep
                 self._alarm.send(b"\0")
+            except OSError:
+                pass
 
     def idle_stream(self) -> Stream | None:
         """The connection, if the network thread sleeps, has nothing to do, and nobody has asked just now.

@@ -123,10 +123,11 @@ class MQTTClient:
         """
         limit = seconds(timeout, self.config.connect_timeout)
         loop, life = self._on_loop(), self._engine.life
+        latest_end = life.latest_end  # now, and not when a thread is free
         deadline = None if limit is None else loop.time() + limit
         attempts: list[Attempt] = []
         try:
-            await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit))))
+            await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit, latest_end))))
             await self._connected(attempts[0], deadline)
             life.came_about(attempts[0])
         except (Exception, asyncio.CancelledError) as error:
@@ -180,27 +181,31 @@ class MQTTClient:
         delivered when the work is done. In a handler it returns at once, and waits for that
         handler elsewhere.
         """
+        await self._shut_down(seconds(timeout, self.config.shutdown_timeout), None)
+
+    async def _shut_down(self, limit: float | None, life: int | None) -> None:
+        """Shut down; with *life*, only that of the `Life.lives`."""
         self._on_loop()
         if self._stop is not None:
             self._stop.set()
-        limit = seconds(timeout, self.config.shutdown_timeout)
-        life = self._engine.life
+        shut_down = self._engine.life.shutdown
         if not self._dispatcher.in_handler():
-            work = self._blocking(life.shutdown, limit, asyncio.current_task(), life.lives)
-            await self._shut_down(work, limit)
+            life = self._engine.life.asked_to_end() if life is None else life
+            await self._until_shut_down(self._blocking(shut_down, limit, asyncio.current_task(), life), limit)
             return
-        life.check()
-        if self._aside is not None and self._aside.hurry(life.lives, limit):
+        self._engine.life.check()
+        life = self._engine.life.asked_to_end()
+        if self._aside is not None and self._aside.hurry(life, limit):
             return
-        self._aside = aside = Aside(life.lives, life.deadlines)
+        self._aside = aside = Aside(life, self._engine.life.deadlines)
         # A task keeps `asyncio.run` from closing the loop meanwhile: the handlers need it.
-        shutdown = self._shut_down(self._blocking(life.shutdown, limit, None, aside.life), limit)
+        shutdown = self._until_shut_down(self._blocking(shut_down, limit, None, life), limit)
         task = asyncio.Task(shutdown, loop=self._bridge.loop, context=contextvars.Context())
         task.add_done_callback(lambda _: aside.over.set())
         self._asides.add(task)
         task.add_done_callback(self._asides.discard)
 
-    async def _shut_down(self, work: asyncio.Future[None], limit: float | None) -> None:
+    async def _until_shut_down(self, work: asyncio.Future[None], limit: float | None) -> None:
         try:
             with self._engine.life.within(limit):  # from now on, and not when a thread is free
                 await _to_the_end(work)
@@ -209,6 +214,7 @@ class MQTTClient:
 
     async def _await_asides(self, hurried: asyncio.Event) -> None:
         """Wait for the shutdown that a handler has asked for, if one has, for the time that it was given."""
+        self._dispatcher.leave_iterators(asyncio.current_task())  # which waits, and reads them no more
         hurry = asyncio.ensure_future(hurried.wait())
         try:
             while self._asides and not hurry.done():
@@ -238,11 +244,12 @@ class MQTTClient:
     ) -> None:
         if self._engine.life.forked:  # a child that leaves the block has nothing to end here
             return
+        life = self._engine.life.asked_to_end()  # whoever connects when that has ended, goes on
         try:
             if exc is None:
                 await self._await_asides(asyncio.Event())
         finally:
-            await self.shutdown()
+            await self._shut_down(self.config.shutdown_timeout, life)
 
     async def run(self, timeout: Timeout = DEFAULT) -> None:
         """Connect if needed, serve until SIGINT or SIGTERM, or until `shutdown`; then shut down.
@@ -265,8 +272,10 @@ class MQTTClient:
                 handler = signal.getsignal(number)
                 loop.add_signal_handler(number, end)
                 before[number] = handler
+        life = None
         try:
             await self.connect(timeout)
+            life = self._engine.life.lives  # whoever connects when that has ended, goes on
             await stop.wait()
         except ClosedError:
             if not stop.is_set():
@@ -276,12 +285,13 @@ class MQTTClient:
                 try:
                     await self._await_asides(hurried)
                 finally:
-                    await self.shutdown()
+                    await self._shut_down(self.config.shutdown_timeout, life)
             finally:  # not before: another signal would end the process in the middle of its goodbye
                 for number, handler in before.items():
                     loop.remove_signal_handler(number)
                     if handler is not None:  # asyncio's own for Ctrl-C, for instance
                         signal.signal(number, handler)
+                self._engine.life.forget_signals()
 
     async def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first."""

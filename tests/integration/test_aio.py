@@ -10,7 +10,7 @@ import time
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -945,3 +945,55 @@ async def test_what_belongs_to_another_loop_says_so_and_remembers_nothing(broker
     await receipt
     await client.shutdown()
     assert "SUBSCRIBE" not in broker.log
+
+
+async def test_a_shutdown_ends_a_connect_that_was_begun_before_it(broker: Broker, monkeypatch) -> None:
+    """Though its thread be late."""
+    client = MQTTClient(broker.url, "late", **QUICK)
+    life = client._engine.life
+    begin = life.begin
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.2)
+        return begin(*args)
+
+    monkeypatch.setattr(life, "begin", late)
+    connecting = asyncio.create_task(client.connect())
+    await asyncio.sleep(0)
+    await client.shutdown()
+    with pytest.raises(ClosedError):
+        await connecting
+    assert client.state is not ConnectionState.CONNECTED
+    assert not life._session.thread.running
+
+
+async def test_a_reader_and_the_shutdown_of_a_handler_do_not_wait_for_each_other(broker: Broker) -> None:
+    """Who leaves the block reads no more."""
+    async with MQTTClient(broker.url, "me", **QUICK) as client:
+        incoming = client.messages("data", 1)
+
+        async def end(payload: bytes) -> None:
+            await client.shutdown(timeout=30)
+
+        await client.subscribe("end", end)
+        await incoming.__aenter__()  # and is not left
+        for number in range(5):
+            await client.publish("data", b"%d" % number, qos=1)
+        assert (await anext(incoming)).payload == b"0"
+        await client.publish("end", b"", qos=1)
+        await client._until(lambda state: state is not ConnectionState.CONNECTED)
+        started = time.monotonic()
+    assert time.monotonic() - started < 15
+    assert client.state is ConnectionState.CLOSED
+
+
+async def test_a_time_that_is_none_leaves_run_alone(broker: Broker) -> None:
+    client = MQTTClient(broker.url, "me", **QUICK)
+    serving = asyncio.create_task(client.run())
+    await client.wait_connected(10)
+    with pytest.raises(ValueError, match="timeout"):
+        await client.shutdown(timeout=-1)
+    await asyncio.sleep(0.1)
+    assert client.connected
+    await client.shutdown()
+    await serving

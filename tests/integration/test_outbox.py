@@ -243,11 +243,11 @@ def test_a_handler_that_ends_while_the_client_is_shut_down_is_remembered(
     assert begun.wait(10)
     dispatcher = client._engine.dispatcher
     wait_idle, stop = dispatcher.wait_idle, dispatcher.stop
-    dispatcher.wait_idle = lambda timeout, *caller: wait_idle(0.0, *caller)
+    dispatcher.wait_idle = lambda timeout: wait_idle(0.0)
 
     def stop_after_the_handler(timeout: float) -> list[str]:
         go_on.set()
-        assert wait_idle(10.0, None)
+        assert wait_idle(10.0)
         return stop(timeout)
 
     dispatcher.stop = stop_after_the_handler

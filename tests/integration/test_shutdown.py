@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tars_mqtt import ClosedError, ConnectionState, MQTTClient
+from tars_mqtt import ClosedError, ConnectError, ConnectionState, ConnectRefusedError, MQTTClient
 from tars_mqtt._core import transport
 from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, ScriptedConnection, eventually
 from tests.support import packet as mqtt
@@ -460,9 +460,9 @@ def test_the_end_of_one_shutdown_is_no_matter_of_the_next_life(make_client, brok
     closed, may_return = threading.Event(), threading.Event()
     shutdown = life._shutdown
 
-    def slow_to_return(reader) -> None:
+    def slow_to_return() -> None:
         monkeypatch.setattr(life, "_shutdown", shutdown)
-        shutdown(reader)
+        shutdown()
         closed.set()
         may_return.wait(20)
 
@@ -488,6 +488,163 @@ def test_the_end_of_one_shutdown_is_no_matter_of_the_next_life(make_client, brok
     second.result(10)
     assert ended == [ConnectionState.CLOSING]
     assert client.state is ConnectionState.CLOSED
+
+
+@pytest.mark.parametrize("how", ["connect gives up", "disconnect"])
+def test_who_goes_takes_nothing_from_a_shutdown_that_is_under_way(make_client, broker, how):
+    """It may still bring out what is queued, if the broker comes back in time."""
+    client = make_client(broker.url)
+    if how == "disconnect":
+        client.connect()
+        broker.kill()
+        eventually(lambda: not client.connected)
+    else:
+        broker.terminate()
+        connecting = in_thread(client.connect, 1)
+        eventually(lambda: client.stats().last_error)
+    receipt = client.submit_event("a", "n", 1, qos=1)
+    closing = in_thread(client.shutdown, 25)
+    eventually(lambda: client.state is ConnectionState.CLOSING)
+    if how == "disconnect":
+        client.disconnect()
+    else:
+        with pytest.raises(ConnectError):
+            connecting.result(20)
+    broker.start()
+    closing.result(30)
+    receipt.result(0)
+
+
+def test_a_refusal_for_good_ends_the_wait_of_a_shutdown(make_client):
+    """Nothing will leave any more."""
+    refuse = threading.Event()
+
+    def script(connection: ScriptedConnection) -> None:
+        refuse.wait(20)
+        connection.accept(0x87)
+
+    with ScriptedBroker(script) as broker:
+        client = make_client(broker.url, protocol="5")
+        connecting = in_thread(client.connect, 30)
+        eventually(lambda: broker.connections)
+        client.submit_event("a", "n", 1, qos=1)
+        closing = in_thread(client.shutdown, 30)
+        eventually(lambda: client.state is ConnectionState.CLOSING)
+        refuse.set()
+        closing.result(10)
+        with pytest.raises((ConnectRefusedError, ClosedError)):
+            connecting.result(10)
+
+
+def test_a_disconnect_beside_a_shutdown_costs_no_acknowledgement(make_client, broker):
+    """The handler ends in time, and its message does not come again."""
+    may_end, handled = threading.Event(), []
+
+    def handler(payload: bytes) -> None:
+        handled.append(payload)
+        may_end.wait(20)
+
+    client = make_client(broker.url, "worker")
+    client.subscribe("a", handler, 1)
+    client.connect()
+    client.publish("a", b"1", qos=1)
+    eventually(lambda: handled)
+    closing = in_thread(client.shutdown, 20)
+    eventually(lambda: client.state is ConnectionState.CLOSING)
+    client.disconnect()
+    may_end.set()
+    closing.result(20)
+    client.connect()
+    client.publish("a", b"2", qos=1)
+    eventually(lambda: b"2" in handled)
+    assert handled == [b"1", b"2"]
+
+
+def test_a_connect_that_waits_for_others_is_overtaken_by_a_shutdown(make_client, broker, monkeypatch):
+    client = make_client(broker.url)
+    client.connect()
+    life = getattr(client, "unwrapped", client)._engine.life
+    leave, inside, may_leave = life._session.thread.leave, threading.Event(), threading.Event()
+
+    def slow(*args: float) -> bool:
+        inside.set()
+        may_leave.wait(20)
+        return leave(*args)
+
+    monkeypatch.setattr(life._session.thread, "leave", slow)
+    leaving = in_thread(client.disconnect)
+    assert inside.wait(10)
+    latest_end = life.latest_end
+    connecting = in_thread(life.begin, 20, latest_end)
+    closing = in_thread(client.shutdown, 0)
+    eventually(lambda: life.latest_end is not latest_end)
+    may_leave.set()
+    leaving.result(20)
+    closing.result(20)
+    with pytest.raises(ClosedError):
+        connecting.result(20)
+    eventually(lambda: client.state is ConnectionState.CLOSED)
+
+
+@pytest.mark.parametrize("end", ["run", "with"])
+def test_a_reader_and_the_shutdown_of_a_handler_do_not_wait_for_each_other(broker, end):
+    """Who leaves the block, or serves, reads no more."""
+    with MQTTClient(broker.url, "me") as client:
+        incoming = client.messages("data", 1)
+        client.subscribe("end", lambda payload: client.shutdown(timeout=30))
+        for number in range(5):
+            client.publish("data", b"%d" % number, qos=1)
+        assert incoming.next(10).payload == b"0"
+        client.publish("end", b"", qos=1)
+        started = time.monotonic()
+        if end == "run":
+            client.run()
+    assert time.monotonic() - started < 15
+    assert client.state is ConnectionState.CLOSED
+
+
+def test_a_signal_at_the_end_of_run_is_no_matter_of_the_next_connect(make_client, broker, monkeypatch):
+    client = make_client(broker.url)
+    life = getattr(client, "unwrapped", client)._engine.life
+    shutdown = life.shutdown
+
+    def shutdown_and_signal(*args: object) -> None:
+        shutdown(*args)
+        life.call_off()
+
+    serving = in_thread(client.run)
+    eventually(lambda: client.connected)
+    monkeypatch.setattr(life, "shutdown", shutdown_and_signal)
+    client.shutdown()
+    serving.result(20)
+    client.connect()
+
+
+def test_run_ends_its_own_life_and_not_the_next(make_client, broker, monkeypatch):
+    """Somebody may connect as soon as the one is over."""
+    client = make_client(broker.url)
+    unwrapped = getattr(client, "unwrapped", client)
+    name = "_shut_down"
+    shut_down, closed, connected = getattr(unwrapped, name), threading.Event(), threading.Event()
+
+    def late(*args: object) -> object:
+        if args[1] is not None:  # that of `run`
+            closed.set()
+            connected.wait(20)
+        return shut_down(*args)
+
+    serving = in_thread(client.run)
+    eventually(lambda: client.connected)
+    monkeypatch.setattr(unwrapped, name, late)
+    in_thread(client.shutdown) if client is unwrapped else unwrapped._engine.life.shutdown(10, None)
+    if client is not unwrapped:
+        unwrapped._bridge.loop.call_soon_threadsafe(unwrapped._stop.set)
+    assert closed.wait(10)
+    eventually(lambda: client.state is ConnectionState.CLOSED)
+    unwrapped._engine.life.connect(20)
+    connected.set()
+    serving.result(20)
+    assert client.connected
 
 
 def test_a_client_that_is_closed_may_connect(make_client, broker, caplog):

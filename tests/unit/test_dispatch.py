@@ -279,8 +279,8 @@ def test_order_holds_within_a_consumer_whoever_does_the_work(workers: int) -> No
             pool.submit({each: deliveries(str(number)) for each in consumers[number % 3 :: 3]})
         expected = [[str(number) for number in range(200) if number % 3 == index % 3] for index in range(20)]
         eventually(lambda: [handling.seen for handling in handlings] == expected)
-        assert pool.handled == sum(map(len, expected))
         eventually(lambda: pool.pending == 0)
+        assert pool.handled == sum(map(len, expected))
 
 
 def test_an_iterator_is_woken_for_its_own_deliveries_alone() -> None:
@@ -325,7 +325,7 @@ def test_a_shutdown_waits_for_handlers_though_the_reader_of_an_iterator_asks_for
             pool.finished(taken)
         pool.submit({consumer(pool, handling): deliveries("work")})
         eventually(lambda: handling.inside == ["work"])
-        assert not pool.wait_idle(0.05, threading.current_thread())
+        assert not pool.wait_idle(0.05)
         handling.release()
-        assert pool.wait_idle(30, threading.current_thread())
+        assert pool.wait_idle(30)
         assert read.tokens == 0
