@@ -997,3 +997,23 @@ async def test_a_time_that_is_none_leaves_run_alone(broker: Broker) -> None:
     assert client.connected
     await client.shutdown()
     await serving
+
+
+async def test_run_ends_its_own_life_and_not_the_next(broker: Broker, monkeypatch) -> None:
+    """Somebody may connect as soon as the one is over."""
+    client = MQTTClient(broker.url, "me", **QUICK)
+    await_asides, connected = client._await_asides, asyncio.Event()
+
+    async def late(hurried: asyncio.Event) -> None:
+        await await_asides(hurried)
+        await connected.wait()
+
+    monkeypatch.setattr(client, "_await_asides", late)
+    serving = asyncio.create_task(client.run())
+    await client.wait_connected(10)
+    await client.shutdown()
+    await client.connect()
+    connected.set()
+    await serving
+    assert client.connected
+    await client.shutdown()

@@ -595,10 +595,12 @@ def test_a_reader_and_the_shutdown_of_a_handler_do_not_wait_for_each_other(broke
         for number in range(5):
             client.publish("data", b"%d" % number, qos=1)
         assert incoming.next(10).payload == b"0"
-        client.publish("end", b"", qos=1)
         started = time.monotonic()
         if end == "run":
+            threading.Timer(0.5, client.publish, ("end", b"")).start()
             client.run()
+        else:
+            client.publish("end", b"", qos=1)
     assert time.monotonic() - started < 15
     assert client.state is ConnectionState.CLOSED
 
@@ -620,31 +622,26 @@ def test_a_signal_at_the_end_of_run_is_no_matter_of_the_next_connect(make_client
     client.connect()
 
 
-def test_run_ends_its_own_life_and_not_the_next(make_client, broker, monkeypatch):
+def test_run_ends_its_own_life_and_not_the_next(broker, monkeypatch):
     """Somebody may connect as soon as the one is over."""
-    client = make_client(broker.url)
-    unwrapped = getattr(client, "unwrapped", client)
-    name = "_shut_down"
-    shut_down, closed, connected = getattr(unwrapped, name), threading.Event(), threading.Event()
+    client = MQTTClient(broker.url, "me")
+    await_aside, closed, connected = client._engine.life.await_aside, threading.Event(), threading.Event()
 
-    def late(*args: object) -> object:
-        if args[1] is not None:  # that of `run`
-            closed.set()
-            connected.wait(20)
-        return shut_down(*args)
+    def late(hurried) -> None:
+        await_aside(hurried)
+        closed.set()
+        connected.wait(20)
 
+    monkeypatch.setattr(client._engine.life, "await_aside", late)
     serving = in_thread(client.run)
     eventually(lambda: client.connected)
-    monkeypatch.setattr(unwrapped, name, late)
-    in_thread(client.shutdown) if client is unwrapped else unwrapped._engine.life.shutdown(10, None)
-    if client is not unwrapped:
-        unwrapped._bridge.loop.call_soon_threadsafe(unwrapped._stop.set)
+    client.shutdown()
     assert closed.wait(10)
-    eventually(lambda: client.state is ConnectionState.CLOSED)
-    unwrapped._engine.life.connect(20)
+    client.connect()
     connected.set()
     serving.result(20)
     assert client.connected
+    client.shutdown()
 
 
 def test_a_client_that_is_closed_may_connect(make_client, broker, caplog):
