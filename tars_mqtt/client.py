@@ -343,6 +343,20 @@ class MQTTClient:
         receipt = self._engine.submit(topic, payload, qos, retain, limit, properties)
         receipt.result(_rest(limit, started))
 
+    def submit(
+        self,
+        topic: str,
+        payload: bytes | str,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        properties: Mapping[str, object] | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> PublishReceipt:
+        """Publish like `publish`, without waiting for the broker: as `submit_event`, without an envelope."""
+        limit = seconds(timeout, self.config.publish_timeout)
+        return self._engine.submit(topic, payload, qos, retain, limit, properties)
+
     def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``.
 

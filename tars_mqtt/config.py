@@ -192,7 +192,7 @@ class MQTTClientConfig:
         60, "KEEPALIVE", rule.whole(1, 65_535), "Longest silence before the peer is probed"
     )
     reconnect_min_delay: float = _setting(
-        1.0, "RECONNECT_MIN_DELAY", rule.seconds(0.1), "First delay of an outage"
+        1.0, "RECONNECT_MIN_DELAY", rule.seconds(0.1), "Ceiling of an outage's first, random delay"
     )
     reconnect_max_delay: float = _setting(60.0, "RECONNECT_MAX_DELAY", rule.seconds(0.5), "Longest delay")
     connect_timeout: float = _setting(10.0, "CONNECT_TIMEOUT", rule.timeout, "How long connecting may take")

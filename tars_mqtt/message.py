@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 from types import MappingProxyType
 from typing import TypeVar
 
-from tars_mqtt._core.property import decode_properties
+from tars_mqtt._core.property import decode_properties, encode_properties
 from tars_mqtt._core.timeout import seconds
 from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import AckTimeoutError, DecodeError, fresh
@@ -51,6 +51,22 @@ class Message:
         self.dup = dup
         self._raw_properties = raw_properties
         self._envelope: Envelope | str | None = None
+
+    @classmethod
+    def new(
+        cls,
+        topic: str,
+        payload: bytes,
+        qos: int = 0,
+        retain: bool = False,
+        properties: Mapping[str, object] | None = None,
+    ) -> Message:
+        """Make what a handler would be given: for tests of handlers.
+
+        Args:
+            properties: As `MQTTClient.publish` takes them.
+        """
+        return cls(topic, payload, qos, retain, False, encode_properties(properties or {}))
 
     @property
     def properties(self) -> Mapping[str, object]:

@@ -409,6 +409,20 @@ class MQTTClient:
         elif self._backlog.crowd.there:
             await self._room.pace()
 
+    def submit(
+        self,
+        topic: str,
+        payload: bytes | str,
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        properties: Mapping[str, object] | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> PublishReceipt:
+        """Publish like `publish`, without waiting: as `submit_event`, without an envelope."""
+        seconds(timeout, 0.0)
+        return PublishReceipt(self._engine.submit(topic, payload, qos, retain, 0.0, properties), self._bridge)
+
     async def publish_health(self, ok: bool, event: str | None = None, error: str | None = None) -> None:
         """Publish the service's own health: retained, QoS 1, on ``system/health/{source_name}``."""
         loop = self._on_loop()

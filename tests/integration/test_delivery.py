@@ -720,3 +720,25 @@ def test_a_qos_may_be_written_as_a_float(make_client, broker: Broker) -> None:
     client.connect()
     client.publish("a", "x", qos=1.0)
     eventually(lambda: received == [b"x"])
+
+
+def test_raw_bytes_are_submitted_without_waiting_for_the_broker(make_client, broker: Broker) -> None:
+    received: list[Message] = []
+
+    def handler(message: Message) -> None:
+        received.append(message)
+
+    client = make_client(broker.url)
+    client.subscribe("a", handler, 1)
+    client.connect()
+    broker.freeze()
+    receipt = client.submit("a", "tea", qos=1, properties={"content_type": "text/plain"})
+    assert not receipt.done()
+    broker.thaw()
+    assert receipt.result(20) is None
+    eventually(lambda: received)
+    assert received[0].payload == b"tea"
+    assert received[0].properties["content_type"] == "text/plain"
+    assert client.submit("a", b"").done()
+    with pytest.raises(TypeError, match="must be bytes or str"):
+        client.submit("a", 5)

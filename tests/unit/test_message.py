@@ -198,3 +198,11 @@ def test_who_asks_again_and_again_leaves_nothing_behind(colour: str) -> None:
     assert receipt._then == []
     receipt._settle()
     assert receipt.result(0) == "id"
+
+
+def test_a_message_for_a_test_has_what_it_was_given() -> None:
+    properties = {"response_topic": "b", "user_properties": [("k", "v")], "correlation_data": b"1"}
+    message = Message.new("a", b"x", 1, retain=True, properties=properties)
+    assert (message.topic, message.payload, message.qos, message.retain) == ("a", b"x", 1, True)
+    assert dict(message.properties) == properties
+    assert Message.new("a", b"").properties == {}
