@@ -1,4 +1,4 @@
-"""The life of a client: starting, leaving and stopping, in the right order."""
+"""The life of a client: who may start, leave and stop it, and when."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from tars_mqtt._core.deadline import Deadlines
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.session import Session
+from tars_mqtt._core.shutdown import Shutdown, acknowledged
 from tars_mqtt._core.state import TRYING, ConnectionState, StateCell
 from tars_mqtt._core.timeout import FOREVER
 from tars_mqtt.config import MQTTClientConfig
@@ -98,10 +99,11 @@ class Life:
         self._session = session
         self._dispatcher = dispatcher
         self._backlog = backlog
-        self._outbound = outbound
         self._herald = herald
         self._prepare = prepare
-        self._retire = retire
+        self._steps = Shutdown(
+            config, session, dispatcher, backlog, outbound, lambda: self._say_goodbye("shutdown"), retire
+        )
         backlog.refuse(_not_started())
         self.forked = False
         """Whether this is the child of a fork, and the client its parent's."""
@@ -334,7 +336,7 @@ class Life:
         deadline = time.monotonic() + self._config.shutdown_timeout
         goodbye = self._say_goodbye("disconnected")
         if goodbye is not None:
-            _acknowledged(goodbye, _until(deadline))
+            acknowledged(goodbye, _until(deadline))
         if not self.stop_network(_until(deadline), first):
             logger.warning(
                 "disconnect: the network thread is stuck in the operating system", extra=self._extra()
@@ -430,28 +432,7 @@ class Life:
         if not deadlines.wait(self._begin_to_close):
             self.latest_end = object()
             self._state.set(ConnectionState.CLOSING)
-        if self._config.drain_shared and self._session.thread.running:
-            self._leave_groups()
-        self._session.inbound.close()
-        if not self._await_handlers():
-            logger.warning("shutdown: handlers still run; going on without them", extra=self._extra())
-        self._backlog.refuse(ClosedError("the client was shut down: call connect() to use it again"))
-        if self._session.thread.running:
-            self._leave_broker()
-        try:
-            lost = self._outbound.abandon()
-            if lost:
-                logger.warning(
-                    "shutdown: the broker did not acknowledge %d messages in time", lost, extra=self._extra()
-                )
-            for name in self._dispatcher.stop(deadlines.left()):
-                logger.warning(
-                    "shutdown: the handler on thread %s does not return", name, extra=self._extra()
-                )
-        finally:
-            self._backlog.close_outbox()  # only now: a handler that has ended in time is remembered there
-        self._retire()
-        logger.info("shut down", extra=self._extra())
+        self._steps.run(deadlines)
         self._called_off = False
         self.deadlines = Deadlines()
         self._state.set(ConnectionState.CLOSED)  # from here on there may be another life
@@ -466,44 +447,8 @@ class Life:
             self._lock.release()
         return True
 
-    def _await_handlers(self) -> bool:
-        dispatcher = self._dispatcher
-        return self.deadlines.wait(lambda seconds: dispatcher.wait_idle(seconds) or dispatcher.deserted, 2)
-
-    def _leave_groups(self) -> None:
-        """Take no more from shared subscriptions, and handle what the broker has sent, or still sends, for them."""
-        inbound, handled = self._session.inbound, -1
-        # Each acknowledgement may bring one more of those that the broker has set aside for us. Its answer to an
-        # UNSUBSCRIBE behind them says that there was none.
-        while self._groups_left() and inbound.taken != handled:
-            handled = inbound.taken
-            if not self._await_handlers():
-                break
-
-    def _groups_left(self) -> bool:
-        answers = self._session.leave_groups()
-        return self.deadlines.wait(lambda seconds: not wait(answers, seconds).not_done, 2)
-
-    def _leave_broker(self) -> None:
-        """Flush, say goodbye, and end the network thread."""
-        deadlines, thread = self.deadlines, self._session.thread
-        # A refusal of the broker may end the thread: then nothing leaves any more.
-        deadlines.wait(lambda seconds: self._backlog.wait_flushed(seconds) or not thread.running, 2)
-        goodbye = self._say_goodbye("shutdown")
-        if goodbye is not None:
-            deadlines.wait(lambda seconds: _acknowledged(goodbye, seconds), 1)
-        if not (deadlines.wait(lambda seconds: thread.leave(deadlines.left(), seconds)) or thread.leave(0.0)):
-            logger.warning(
-                "shutdown: the network thread is stuck in the operating system", extra=self._extra()
-            )
-
     def _extra(self) -> dict[str, object]:
         return {"client_id": self._config.client_id}
-
-
-def _acknowledged(receipt: PublishReceipt, timeout: float) -> bool:
-    """Wait until it is known what became of a message; False when the time was up first."""
-    return receipt.done() or receipt._wait(timeout)
 
 
 def _until(deadline: float) -> float:
