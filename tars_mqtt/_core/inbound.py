@@ -17,6 +17,7 @@ from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.throttle import Throttle
 from tars_mqtt.message import Message
 from tars_mqtt.printable import printable
+from tars_mqtt.topics import is_shared
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -59,6 +60,7 @@ class Inbound:
         self._early_until = math.inf
         self._v5 = True
         self._closing = False
+        self._shared_only = False
         self.messages = 0
         """Handed over so far: whoever sees one counted finds it pending, dropped or done."""
         self._entered = 0
@@ -72,6 +74,15 @@ class Inbound:
     def taken(self) -> int:
         """Messages of QoS 1 and 2 that were entered so far."""
         return self._ledger.taken
+
+    @property
+    def owes_groups(self) -> bool:
+        """Whether acknowledgements are still to come for messages that are shared among a group."""
+        ledger = self._ledger
+        return ledger.awaits_release or any(
+            any(is_shared(taker.topic_filter) for taker in self._route(topic, b"", retain=False))
+            for topic in ledger.open_topics()
+        )
 
     # -- connections ------------------------------------------------------------------------
 
@@ -138,10 +149,16 @@ class Inbound:
             self._ledger.forget()
             self._early.clear()
             self._closing = False
+        self._shared_only = False
+
+    def take_shared_only(self) -> None:
+        """Take no more messages but those that are shared among a group."""
+        self._shared_only = True
 
     def close(self) -> None:
         """Take no more messages; what is in work may still be acknowledged."""
         self._closing = True
+        self._shared_only = False
 
     # -- packets ----------------------------------------------------------------------------
 
@@ -174,6 +191,8 @@ class Inbound:
         else:
             found = self._routes.get((topic, properties))
             takers = self._find_route(topic, properties) if found is None else found
+        if self._shared_only and not any(is_shared(taker.topic_filter) for taker in takers):
+            return  # unacknowledged, as above
         if not takers:
             if not self._offer_elsewhere(first, body):
                 self._without_taker(message, packet_id)

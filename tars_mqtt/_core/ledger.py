@@ -60,6 +60,15 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._order)
 
+    @property
+    def awaits_release(self) -> bool:
+        """Whether the broker's PUBREL is still to come for a message of QoS 2."""
+        return bool(self._received)
+
+    def open_topics(self) -> set[str]:
+        """Of the messages of this connection that are not acknowledged."""
+        return {acknowledgement.message.topic for acknowledgement in self._order}
+
     def new_connection(self, session_present: bool) -> None:
         """Nothing of an older connection is acknowledged on this one."""
         self._order.clear()

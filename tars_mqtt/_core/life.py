@@ -177,21 +177,23 @@ class Life:
         if not self._lock.acquire(timeout=_until(deadline)):
             raise _still_leaving()
         try:
-            attempt = self._begin(deadline, latest_end)
+            attempt, started = self._begin(deadline, latest_end)
             overtaken = latest_end is not self.latest_end
-            if overtaken:
+            if overtaken and started:
                 self._session.thread.interrupt()  # under the lock: nobody joins what is about to end
         finally:
             self._lock.release()
         if overtaken:
-            self._finish_overtaken(attempt)
+            if started:  # otherwise the shutdown sees to what there was
+                self._finish_overtaken(attempt)
+            self.over(attempt)
             raise _overtaken()
         if self._called_off:
             self.call_off()  # a signal came before there was anything to interrupt
         return attempt
 
-    def _begin(self, deadline: float, latest_end: object) -> Attempt:
-        """Holds the lock."""
+    def _begin(self, deadline: float, latest_end: object) -> tuple[Attempt, bool]:
+        """Start if needed; returns whether it was, too. Holds the lock."""
         if self._ending and self._state.value is not ConnectionState.CLOSED:
             raise ClosedError("the client is being shut down: call connect() when that is over")
         if latest_end is not self.latest_end:
@@ -200,12 +202,13 @@ class Life:
             raise _still_leaving()
         # Asked before the thread starts: its first connection may come and go before this one looks.
         starts = not self._session.thread.running or self._first is None or not self._first.done()
-        if not self._session.thread.running:
+        started = not self._session.thread.running
+        if started:
             self._start(deadline)
         assert self._first is not None
         attempt = Attempt(self._first, starts)
         self._attempts.add(attempt)
-        return attempt
+        return attempt, started
 
     def _finish_overtaken(self, attempt: Attempt) -> None:
         """A shutdown has not seen what was started here: shut that down, too, unless others have started anew."""
@@ -216,7 +219,6 @@ class Life:
                 with self.within(self._config.shutdown_timeout):
                     self._dispatcher.leave_iterators(threading.current_thread())
                     self._shutdown()
-        self.over(attempt)
 
     def _start(self, wanted_by: float) -> None:
         """Holds the lock."""
@@ -435,6 +437,7 @@ class Life:
         self._steps.run(deadlines)
         self._called_off = False
         self.deadlines = Deadlines()
+        self._ending = False
         self._state.set(ConnectionState.CLOSED)  # from here on there may be another life
 
     def _begin_to_close(self, timeout: float) -> bool:

@@ -131,9 +131,7 @@ class Control:
         # paho leaves out a password without a user name.
         nameless = request.username is None and request.password is not None
         client.username_pw_set("" if nameless else request.username, request.password)
-        client.will_clear()
-        if request.will is not None:
-            will = request.will
+        if (will := request.will) is not None:  # otherwise what somebody may have set through `client` stays
             client.will_set(will.topic, will.payload, will.qos, will.retain)
         address = request.url.host or "localhost", request.url.port or 1
         if self._v5:

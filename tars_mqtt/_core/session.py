@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -31,7 +30,7 @@ from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.state import TRYING, ConnectionState, StateCell
 from tars_mqtt._core.stream import ConnectionLostError, HungUpError, SilenceError
-from tars_mqtt._core.subscriber import Subscriber
+from tars_mqtt._core.subscriber import Departure, Subscriber
 from tars_mqtt._core.transport import Transport
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, ConfigError, ConnectError, ConnectRefusedError
@@ -139,12 +138,13 @@ class Session:
         """Have the broker told that a filter is not needed any more; *waiter* is told the answer."""
         self.thread.call(lambda: self._subscriber.unsubscribe(entry, waiter))
 
-    def leave_groups(self) -> list[Future[None]]:
-        """Unsubscribe from shared filters until the next start; each future is done when the broker has answered."""
-        waiters = {topic_filter: Future[None]() for topic_filter in self._subscriber.shared_filters()}
-        if waiters:
-            self.thread.call(lambda: self._leave_groups(waiters))
-        return list(waiters.values())
+    def leave_groups(self) -> Departure | None:
+        """Unsubscribe from shared filters until the next start, and take nothing else; None where there are none."""
+        departure = Departure({each: Future[None]() for each in self._subscriber.shared_filters()})
+        if not departure.waiters:
+            return None
+        self.thread.call(lambda: self._leave_groups(departure))
+        return departure
 
     def forget(self, entry: FilterEntry) -> None:
         """While there is no network thread: have the broker told of it on the next connection."""
@@ -356,11 +356,13 @@ class Session:
         if asked is not None:
             self.ping_round_trip = time.monotonic() - asked
 
-    def _leave_groups(self, waiters: dict[str, Future[None]]) -> None:
-        # Acknowledgements first: what the broker sends in return comes before its answer.
-        with contextlib.suppress(ConnectionLostError):
+    def _leave_groups(self, departure: Departure) -> None:
+        self.inbound.take_shared_only()
+        if self._subscriber.has_connection:
+            # Acknowledgements first: what the broker sends in return comes before its answer.
             self.transport.write_all(self.inbound.acknowledgements())
-        self._subscriber.leave_groups(waiters)
+        departure.owing = self.inbound.owes_groups
+        self._subscriber.leave_groups(departure)
 
     def _subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         self.inbound.subscribed(time.monotonic())

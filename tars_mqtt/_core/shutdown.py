@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from concurrent.futures import wait
 
 from tars_mqtt._core.backlog import Backlog
 from tars_mqtt._core.deadline import Deadlines
@@ -16,6 +16,9 @@ from tars_mqtt.errors import ClosedError
 from tars_mqtt.message import PublishReceipt
 
 logger = logging.getLogger("tars_mqtt.session")
+
+_OWING_PAUSE = 0.01
+"""Seconds between two questions to the broker while acknowledgements are owed to it."""
 
 
 class Shutdown:
@@ -74,17 +77,19 @@ class Shutdown:
 
     def _leave_groups(self, deadlines: Deadlines) -> None:
         """Take no more from shared subscriptions, and handle what the broker has sent, or still sends, for them."""
-        inbound, handled = self._session.inbound, -1
+        inbound, thread, handled = self._session.inbound, self._session.thread, -1
         # Each acknowledgement may bring one more of those that the broker has set aside for us. Its answer to an
-        # UNSUBSCRIBE behind them says that there was none.
-        while self._groups_left(deadlines) and inbound.taken != handled:
+        # UNSUBSCRIBE behind the last of them says that there was none.
+        while departure := self._session.leave_groups():
+            if not deadlines.wait(lambda seconds: departure.wait(seconds) or not thread.running, 2):
+                break
+            if not thread.running or (inbound.taken == handled and not departure.owing):
+                break
             handled = inbound.taken
             if not self._await_handlers(deadlines):
                 break
-
-    def _groups_left(self, deadlines: Deadlines) -> bool:
-        answers = self._session.leave_groups()
-        return deadlines.wait(lambda seconds: not wait(answers, seconds).not_done, 2)
+            if departure.owing:  # a dead letter is on its way, or a PUBREL
+                time.sleep(_OWING_PAUSE)
 
     def _leave_broker(self, deadlines: Deadlines) -> None:
         """Flush, say goodbye, and end the network thread."""

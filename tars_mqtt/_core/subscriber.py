@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+
+import attrs
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.event import Connack, Suback, Unsuback
@@ -16,6 +18,21 @@ from tars_mqtt.errors import SubscribeError
 from tars_mqtt.topics import is_shared
 
 logger = logging.getLogger("tars_mqtt.session")
+
+
+@attrs.define(eq=False)
+class Departure:
+    """One UNSUBSCRIBE from all groups."""
+
+    waiters: dict[str, Future[None]]
+    """The shared filters; each is done when the broker has answered for it."""
+    owing: bool = True
+    """Whether acknowledgements were owed for messages of the groups when it was written."""
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for all answers; False when the time was up first."""
+        return not wait(self.waiters.values(), timeout).not_done
+
 
 _REPLAY_TIME = 2.0
 """Seconds for which retained messages may take to arrive behind the answer to a SUBSCRIBE."""
@@ -42,6 +59,8 @@ class Subscriber:
         """The filter of each UNSUBSCRIBE that is not answered, and who waits for that."""
         self._stale: set[str] = set()
         self._left_groups = False
+        self._departing: dict[str, Future[None]] = {}
+        """Of the shared filters that we have left, those for which the broker has not answered."""
         self._refused: list[tuple[str, str]] = []
 
     @property
@@ -63,9 +82,19 @@ class Subscriber:
         """Those of groups. Any thread."""
         return [entry.topic_filter for entry in self._registry.entries() if is_shared(entry.topic_filter)]
 
+    @property
+    def has_connection(self) -> bool:
+        """Whether somebody is there to answer."""
+        return self._connected
+
     def start(self) -> None:
         """A network thread begins: every filter is to be asked for."""
-        self._left_groups = False
+        if self._left_groups:
+            self._left_groups = False
+            self._departing.clear()
+            for entry in self._registry.entries():
+                if is_shared(entry.topic_filter):
+                    entry.session = 0
 
     def connected(self, connack: Connack, resumed: bool) -> None:
         """Ask for what this session of the broker does not have yet."""
@@ -79,6 +108,8 @@ class Subscriber:
             for topic_filter in stale:
                 if not self._wants(topic_filter):
                     self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, None
+        departing, self._departing = self._departing, {}
+        self._depart(departing)
         for entry in self._registry.entries():
             if entry.session != self._session and self._wants(entry.topic_filter):
                 self._restoring.add(entry)
@@ -89,22 +120,25 @@ class Subscriber:
             return False
         return self._registry.router.get(topic_filter) is not None
 
-    def leave_groups(self, waiters: dict[str, Future[None]]) -> None:
+    def leave_groups(self, departure: Departure) -> None:
         """Unsubscribe from the shared filters, though they stay registered: until the next start.
 
-        Args:
-            waiters: The filters, and who is told of each that the broker has answered, or that there is nobody to ask.
+        Where the connection breaks, they are left on the next.
         """
         self._left_groups = True
-        for topic_filter, waiter in waiters.items():
+        for topic_filter in departure.waiters:
             entry = self._registry.router.get(topic_filter)
-            if entry is None:
-                _settle(waiter, None)
-                continue
-            entry.session = 0
-            self._restoring.discard(entry)
-            self._tell(entry, None)
-            self._leave(entry, waiter)
+            if entry is not None:
+                self._restoring.discard(entry)
+                self._tell(entry, None)
+        self._depart(departure.waiters)
+
+    def _depart(self, waiters: dict[str, Future[None]]) -> None:
+        for topic_filter, waiter in waiters.items():
+            self._departing[topic_filter] = waiter
+            if self._connected:
+                with contextlib.suppress(ConnectionLostError):
+                    self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, waiter
 
     def disconnected(self) -> None:
         """Nobody is there to answer."""
@@ -115,6 +149,8 @@ class Subscriber:
             self._tell(entry, None)
         leaving, self._leaving = self._leaving, {}
         for topic_filter, waiter in leaving.values():
+            if topic_filter in self._departing:
+                continue  # it is left on the next connection
             self._stale.add(topic_filter)  # it may not have arrived
             if waiter is not None:
                 _settle(waiter, None)
@@ -127,7 +163,11 @@ class Subscriber:
         before that theirs may still be on their way. Nothing tells the two apart.
         """
         asked = registration in entry.replay
-        if not self._connected or (asked and entry.session == self._session):
+        if (
+            not self._connected
+            or not self._wants(entry.topic_filter)
+            or (asked and entry.session == self._session)
+        ):
             _settle(waiter, None)
             return
         self._waiters.setdefault(entry, []).append(waiter)
@@ -143,16 +183,15 @@ class Subscriber:
         self._tell(entry, None)
         if self._registry.router.get(entry.topic_filter) is not None:
             _settle(waiter, None)  # somebody needs it again
+        elif not self._connected:
+            self.forget(entry)
+            _settle(waiter, None)
         else:
-            self._leave(entry, waiter)
-
-    def _leave(self, entry: FilterEntry, waiter: Future[None]) -> None:
-        if self._connected:
-            with contextlib.suppress(ConnectionLostError):
+            try:
                 self._leaving[self._transport.unsubscribe(entry.topic_filter)] = entry.topic_filter, waiter
-                return
-        self.forget(entry)
-        _settle(waiter, None)
+            except ConnectionLostError:
+                self.forget(entry)
+                _settle(waiter, None)
 
     def forget(self, entry: FilterEntry) -> None:
         """The broker may still have a filter that nobody needs: tell it when there is a connection."""
@@ -183,8 +222,10 @@ class Subscriber:
 
     def on_unsuback(self, answer: Unsuback) -> None:
         """Take the broker's answer."""
-        _, waiter = self._leaving.pop(answer.packet_id, ("", None))
+        topic_filter, waiter = self._leaving.pop(answer.packet_id, ("", None))
         if waiter is not None:
+            if self._departing.get(topic_filter) is waiter:
+                del self._departing[topic_filter]
             _settle(waiter, None)
 
     def _ask(self, entry: FilterEntry, newcomers: tuple[Registration, ...]) -> None:

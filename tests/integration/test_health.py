@@ -250,6 +250,26 @@ def test_a_killed_process_is_seen_as_unhealthy(make_client, broker, observer):
     assert (state["ok"], state["event"]) == (False, "connection_lost")
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_will_that_was_set_through_paho_holds_on_every_connection(make_client, broker, protocol):
+    """Without health, which has one of its own."""
+    seen: list[bytes] = []
+    observer = make_client(broker.url, "observer")
+    observer.subscribe("lamp/status", seen.append, 1)
+    observer.connect()
+    with FaultProxy(broker.url) as proxy:
+        client = make_client(proxy.url, "lamp", protocol=protocol)
+        client.client.will_set("lamp/status", "offline", 1, True)
+        client.connect()
+        for lost in (1, 2):
+            proxy.cut()
+            eventually(lambda lost=lost: seen == [b"offline"] * lost)
+            eventually(lambda lost=lost: client.stats().connections == lost + 1)
+        client.shutdown()
+    observer.publish("lamp/status", b"asked", qos=1)
+    eventually(lambda: seen == [b"offline"] * 2 + [b"asked"])
+
+
 def test_the_will_of_an_old_connection_does_not_leave_a_live_service_marked_dead(
     make_client, broker, observer
 ):

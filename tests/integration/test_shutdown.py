@@ -239,8 +239,105 @@ def test_a_worker_that_goes_while_its_broker_is_away_does_not_join_its_group_aga
         receipt = client.submit_event("a", "n", 1, qos=1)
         client.shutdown()
         receipt.result(0)
-        assert len(broker.received(PacketType.UNSUBSCRIBE)) == 2
+        assert len(broker.received(PacketType.UNSUBSCRIBE)) >= 2
         assert len(broker.received(PacketType.SUBSCRIBE)) == 1
+
+
+@pytest.mark.parametrize(("qos", "fails"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("beside", ["nothing", "cut", "news"])
+def test_a_worker_that_goes_handles_all_that_was_set_aside_for_it(make_client, broker, qos, fails, beside):
+    """Each acknowledgement, of whatever kind, brings the next; and a busy subscription beside it is no matter."""
+    handled: set[bytes] = set()
+
+    def handle(payload: bytes) -> None:
+        time.sleep(0.01)
+        handled.add(payload)
+        if fails:
+            raise RuntimeError
+
+    with FaultProxy(broker.url) as proxy:
+        proxy.latency(0.02)
+        worker = make_client(proxy.url, "worker", drain_shared=True, max_pending=16)
+        worker.subscribe("$share/group/jobs", handle, qos, dead_letter="dead")
+        worker.subscribe("news", lambda payload: time.sleep(0.001), 1)
+        worker.connect()
+        boss = make_client(broker.url, "boss")
+        boss.connect()
+        for number in range(100):
+            boss.submit_event("jobs", "job", number, qos=qos)
+        boss.publish("jobs", b"last", qos=qos)
+        over = threading.Event()
+
+        def tell() -> None:
+            while beside == "news" and not over.wait(0.002):
+                boss.publish("news", b"", qos=1)
+
+        telling = in_thread(tell)
+        closing = in_thread(worker.shutdown, 50)
+        if beside == "cut":
+            eventually(lambda: len(handled) > 10)
+            proxy.cut()
+        closing.result(30)
+        over.set()
+        telling.result(10)
+    assert len(handled) == 101
+    heir = make_client(broker.url, "worker")
+    heir.subscribe("$share/group/jobs", handle, qos)
+    heir.connect()
+    boss.publish("jobs", b"new", qos=1)
+    eventually(lambda: b"new" in handled)
+    assert len(handled) == 102
+
+
+def test_a_worker_that_joined_its_group_in_the_last_moment_joins_it_again(make_client):
+    """The answer to a SUBSCRIBE may come behind the UNSUBSCRIBE."""
+    may_end = threading.Event()
+
+    def script(connection: ScriptedConnection) -> None:
+        late: list[Packet] = []
+
+        def instead(packet: Packet) -> bool:
+            if packet.type == PacketType.SUBSCRIBE and len(broker.received(PacketType.SUBSCRIBE)) == 2:
+                late.append(packet)
+                return True
+            if packet.type == PacketType.UNSUBSCRIBE:
+                for each in late:
+                    connection.answer(each)
+                late.clear()
+            return False
+
+        connection.accept(session_present=connection.number > 1)
+        connection.serve(instead)
+
+    with ScriptedBroker(script) as broker:
+        client = make_client(broker.url, "worker", drain_shared=True)
+        client.subscribe("busy", lambda payload: may_end.wait(20))
+        client.connect()
+        joining = in_thread(client.subscribe, "$share/group/jobs", print, 1)
+        broker.wait_for(PacketType.SUBSCRIBE, 2)
+        client.shutdown()
+        joining.result(10)
+        client.connect()
+        assert [packet for packet in broker.received(PacketType.SUBSCRIBE)[2:] if b"$share" in packet.body]
+
+
+def test_a_connect_that_finds_a_connection_takes_nothing_from_a_shutdown(make_client, broker, monkeypatch):
+    """It comes between the call for the shutdown, and its first step."""
+    client = make_client(broker.url)
+    client.connect()
+    life = getattr(client, "unwrapped", client)._engine.life
+    begin = life._begin
+
+    def overtaken(*args: object) -> object:
+        begun = begin(*args)
+        life.asked_to_end()
+        return begun
+
+    monkeypatch.setattr(life, "_begin", overtaken)
+    with pytest.raises(ClosedError, match="shut down while it connected"):
+        client.connect()
+    client.publish("a", b"1", qos=1, timeout=10)
+    assert client.stats().connections == 1
 
 
 def test_shutdown_ends_an_iteration(make_client, shared_broker, unique):
