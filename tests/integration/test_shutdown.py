@@ -705,15 +705,15 @@ def test_a_reader_and_the_shutdown_of_a_handler_do_not_wait_for_each_other(broke
 def test_a_signal_at_the_end_of_run_is_no_matter_of_the_next_connect(make_client, broker, monkeypatch):
     client = make_client(broker.url)
     life = getattr(client, "unwrapped", client)._engine.life
-    shutdown = life.shutdown
+    forget_signals = life.forget_signals
 
-    def shutdown_and_signal(*args: object) -> None:
-        shutdown(*args)
+    def signal_and_forget() -> None:
         life.call_off()
+        forget_signals()
 
     serving = in_thread(client.run)
     eventually(lambda: client.connected)
-    monkeypatch.setattr(life, "shutdown", shutdown_and_signal)
+    monkeypatch.setattr(life, "forget_signals", signal_and_forget)
     client.shutdown()
     serving.result(20)
     client.connect()
