@@ -180,8 +180,8 @@ class MQTTClient:
         life = None
         with _on_signals(end, self._engine.life.forget_signals):
             try:
-                self.connect(timeout)
-                life = self._engine.life.lives  # whoever connects when that has ended, goes on
+                # Whoever connects when that has ended, goes on.
+                life = self._engine.life.connect(seconds(timeout, self.config.connect_timeout))
                 while True:
                     # On Windows an untimed wait cannot be interrupted by a signal.
                     with contextlib.suppress(queue.Empty):

@@ -55,6 +55,8 @@ class Attempt:
     """Whether the first connection came about."""
     starts: bool
     """Whether to wait for *first*. Otherwise it came earlier, and the state is waited for to leave `TRYING`."""
+    life: int = 0
+    """Which of `Life.lives` it belongs to."""
 
 
 @attrs.frozen(eq=False)
@@ -130,8 +132,12 @@ class Life:
                 "this client belongs to the parent of this forked process: make a new one after os.fork()"
             )
 
-    def connect(self, timeout: float | None) -> None:
-        """Start if needed and wait until the connection is up and the subscriptions acknowledged."""
+    def connect(self, timeout: float | None) -> int:
+        """Start if needed and wait until the connection is up and the subscriptions acknowledged.
+
+        Returns:
+            Which of the `lives` it is in, where another may have followed by now.
+        """
         timeout = FOREVER if timeout is None else timeout
         deadline = time.monotonic() + timeout
         attempt = self.begin(timeout)
@@ -144,6 +150,7 @@ class Life:
             raise told from told.__cause__
         else:
             self.came_about(attempt)
+            return attempt.life
         finally:
             self.over(attempt)
 
@@ -206,7 +213,7 @@ class Life:
         if started:
             self._start(deadline)
         assert self._first is not None
-        attempt = Attempt(self._first, starts)
+        attempt = Attempt(self._first, starts, self.lives)
         self._attempts.add(attempt)
         return attempt, started
 

@@ -121,7 +121,10 @@ class MQTTClient:
 
         Cancelled, it leaves nothing behind.
         """
-        limit = seconds(timeout, self.config.connect_timeout)
+        await self._connect(seconds(timeout, self.config.connect_timeout))
+
+    async def _connect(self, limit: float | None) -> int:
+        """Connect; returns which of the `Life.lives` that is in."""
         loop, life = self._on_loop(), self._engine.life
         latest_end = life.latest_end  # now, and not when a thread is free
         deadline = None if limit is None else loop.time() + limit
@@ -130,6 +133,7 @@ class MQTTClient:
             await _to_the_end(self._blocking(lambda: attempts.append(life.begin(limit, latest_end))))
             await self._connected(attempts[0], deadline)
             life.came_about(attempts[0])
+            return attempts[0].life
         except (Exception, asyncio.CancelledError) as error:
             if not attempts:
                 raise
@@ -274,8 +278,8 @@ class MQTTClient:
                 before[number] = handler
         life = None
         try:
-            await self.connect(timeout)
-            life = self._engine.life.lives  # whoever connects when that has ended, goes on
+            # Whoever connects when that has ended, goes on.
+            life = await self._connect(seconds(timeout, self.config.connect_timeout))
             await stop.wait()
         except ClosedError:
             if not stop.is_set():

@@ -1000,17 +1000,25 @@ async def test_a_time_that_is_none_leaves_run_alone(broker: Broker) -> None:
 
 
 async def test_run_ends_its_own_life_and_not_the_next(broker: Broker, monkeypatch) -> None:
-    """Somebody may connect as soon as the one is over."""
+    """Somebody may connect as soon as the one is over, even before `run` hears that it was connected."""
     client = MQTTClient(broker.url, "me", **QUICK)
     await_asides, connected = client._await_asides, asyncio.Event()
+    begin = client._engine.life.begin
+
+    def slow_to_return(*args: Any) -> Any:
+        attempt = begin(*args)
+        time.sleep(0.3)
+        return attempt
 
     async def late(hurried: asyncio.Event) -> None:
         await await_asides(hurried)
         await connected.wait()
 
     monkeypatch.setattr(client, "_await_asides", late)
+    monkeypatch.setattr(client._engine.life, "begin", slow_to_return)
     serving = asyncio.create_task(client.run())
     await client.wait_connected(10)
+    monkeypatch.setattr(client._engine.life, "begin", begin)
     await client.shutdown()
     await client.connect()
     connected.set()
