@@ -14,6 +14,7 @@ from tars_mqtt._core.claim import Claims
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.stats import Counters
+from tars_mqtt._core.throttle import Throttle
 from tars_mqtt.context import current_message, log_fields
 from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import DecodeError
@@ -158,6 +159,7 @@ class HandlerCall:
         self._counters = counters
         self._client_id = client_id
         self._verdict = verdict
+        self._undecodable_ones = Throttle()  # what others send must not fill the log
 
     def __call__(self, delivery: Delivery) -> Outcome:
         argument = self.begin(delivery)
@@ -217,7 +219,13 @@ class HandlerCall:
     def failed(self, delivery: Delivery, error: BaseException) -> Outcome:
         """The handler raised: the next attempt, or a redelivery, will be handled."""
         self._claims.release(delivery)
-        message = delivery.message
+        self._report(delivery.message, error)
+        if not delivery.given_up:
+            delivery.error = _in_words(error)
+            self._counters.add("handler_failures")
+        return self._verdict(error)
+
+    def _report(self, message: Message, error: BaseException) -> None:
         logger.error(
             "handler %s failed on a message of %r",
             name_of(self.handler),
@@ -225,10 +233,6 @@ class HandlerCall:
             exc_info=error,
             extra=log_fields(message, self._client_id),
         )
-        if not delivery.given_up:
-            delivery.error = _in_words(error)
-            self._counters.add("handler_failures")
-        return self._verdict(error)
 
     def _undecodable(self, delivery: Delivery, error: DecodeError) -> Outcome:
         """The payload is not what the handler asks for."""
@@ -236,12 +240,14 @@ class HandlerCall:
         self._claims.release(delivery)
         message = delivery.message
         delivery.error = f"DecodeError: {error}"
-        logger.warning(
-            "a message of %r with %d bytes is not what its handler asks for: %s",
-            message.topic,
-            len(message.payload),
-            error,
-            extra=log_fields(message, self._client_id),
-        )
+        if count := self._undecodable_ones.admit():
+            logger.warning(
+                "a message of %r with %d bytes is not what its handler asks for: %s%s",
+                message.topic,
+                len(message.payload),
+                error,
+                f"; {count - 1} others since the last warning" if count > 1 else "",
+                extra=log_fields(message, self._client_id),
+            )
         self._counters.add("decode_failures")
         return Outcome.HOPELESS

@@ -19,13 +19,14 @@ import attrs
 from tars_mqtt._core.aside import on_a_thread
 from tars_mqtt._core.burst import Burst
 from tars_mqtt._core.dispatch import Turn
-from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
+from tars_mqtt._core.handler import HandlerCall, is_coroutine_function, name_of
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.stats import Counters
 from tars_mqtt._core.workers import WorkerPool
 from tars_mqtt.config import MQTTClientConfig
-from tars_mqtt.context import current_message
+from tars_mqtt.context import current_message, log_fields
+from tars_mqtt.message import Message
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
@@ -133,6 +134,18 @@ class CoroutineCall(HandlerCall):
             with contextlib.suppress(ValueError):  # the collector has another context
                 current_message.reset(token)
         return self.succeeded(delivery)
+
+    def _report(self, message: Message, error: BaseException) -> None:
+        if not (isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling()):  # type: ignore[union-attr]
+            super()._report(message, error)
+            return
+        # By a shutdown that has no more time for it, or by whoever cancels all tasks: no fault of the handler's.
+        logger.warning(
+            "handler %s was cancelled on a message of %r",
+            name_of(self.handler),
+            message.topic,
+            extra=log_fields(message, self._client_id),
+        )
 
 
 def _is_current(task: asyncio.Task[None]) -> bool:

@@ -336,6 +336,30 @@ async def test_a_handler_that_swallows_cancellation_is_cancelled_until_it_ends(b
     assert not [task for task in asyncio.all_tasks() if "tars-mqtt" in task.get_name()]
 
 
+async def test_a_handler_that_shutdown_cancels_is_no_error(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An alarm at every restart would hide those that count. What the handler itself lets happen is one."""
+
+    async def waiting(message: Message) -> None:
+        if message.payload == b"own":
+            raise asyncio.CancelledError
+        await asyncio.sleep(60)
+
+    client = MQTTClient(broker.url, "waiting", **QUICK)
+    await client.subscribe("a", waiting)
+    await client.connect()
+    await client.publish("a", b"own")
+    await client.publish("a", b"")
+    await until(lambda: client.stats().handler_failures == 1)
+    await until(lambda: client.stats().pending == 1)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    caplog.clear()
+    await client.shutdown(timeout=0.5)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert "waiting was cancelled on a message of 'a'" in caplog.text
+
+
 # -- cancellation and time-outs -----------------------------------------------------------------
 
 

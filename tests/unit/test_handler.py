@@ -15,6 +15,7 @@ from tars_mqtt._core.handler import HandlerCall, argument_of
 from tars_mqtt._core.lane import Delivery
 from tars_mqtt._core.recovery import Outcome
 from tars_mqtt._core.stats import Counters
+from tars_mqtt._core.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,3 +172,20 @@ def test_the_log_names_a_handler_and_not_what_was_bound_to_it(caplog: pytest.Log
     called(functools.partial(handler, "hunter2"))
     assert "handler failed on a message" in caplog.text
     assert "hunter2" not in caplog.records[0].getMessage()
+
+
+def test_a_flood_of_what_is_not_asked_for_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Anybody who may publish could fill the disk otherwise. Each one is counted."""
+    now, counters = 0.0, Counters()
+    call = HandlerCall(asking_for(Envelope), Claims(None, "a", "field", counters, "c"), counters, "c")
+    call._undecodable_ones = Throttle(5.0, clock=lambda: now)
+    for _ in range(100):
+        assert call(Delivery(Message("a", b"no envelope"), None)) is Outcome.HOPELESS
+    assert len(caplog.records) == 1
+    assert "others" not in caplog.text
+    now = 5.0
+    call(Delivery(Message("b", b"no envelope"), None))
+    assert len(caplog.records) == 2
+    assert "a message of 'b' with 11 bytes" in caplog.records[1].getMessage()
+    assert caplog.records[1].getMessage().endswith("; 99 others since the last warning")
+    assert counters.totals()["decode_failures"] == 101
