@@ -48,6 +48,8 @@ class Outbound:
         self._client_id = client_id
         self._clock = clock
         self._inflight: dict[int, Outgoing] = {}
+        self._repeated: set[int] = set()
+        """Of the packet ids in flight, those that were in flight on a connection before."""
         self._packet_id = _FIRST_PACKET_ID - 1
         self._window = 0
         self._v5 = True
@@ -94,6 +96,7 @@ class Outbound:
         self._window = min(self._max_inflight, connack.receive_maximum, _LAST_PACKET_ID - LAST_PAHO_PACKET_ID)
         interrupted = tuple(self._inflight.values())
         self._inflight.clear()
+        self._repeated = {message.packet_id for message in interrupted} if resumed else set()
         self._backlog.connected(interrupted, resumed, connack, v5)
 
     def disconnected(self, by_broker: bool, cut_short: int = 0) -> None:
@@ -242,7 +245,8 @@ class Outbound:
             return self._received(message, packet_id, reason)
         if message is None or kind != (wire.PUBACK if message.qos == 1 else wire.PUBCOMP):
             return None  # repeated, or of a session that is gone
-        self._settle(message, reason)
+        # PUBCOMP never refuses: "not found" says that the broker had seen the release already (section 4.3.3).
+        self._settle(message, reason if kind == wire.PUBACK else 0)
         return None
 
     def _received(self, message: Outgoing | None, packet_id: int, reason: int) -> bytes | None:
@@ -252,7 +256,9 @@ class Outbound:
                 if self._v5
                 else wire.encode_ack(wire.PUBREL, packet_id)
             )
-        if reason >= 0x80:
+        # To a repetition, "in use" says that the broker has it, and waits for the release.
+        had = reason == wire.PACKET_IDENTIFIER_IN_USE and packet_id in self._repeated
+        if reason >= 0x80 and not had:
             self._settle(message, reason)
             return None
         message.received = True

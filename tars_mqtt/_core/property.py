@@ -236,11 +236,8 @@ def _read_text(raw: bytes, position: int) -> tuple[str, int]:
     return decode_text(value), end
 
 
-def _read_payload_format(raw: bytes, position: int) -> tuple[int, int]:
-    value, end = _read_uint(raw, position, 1)
-    if value > 1:
-        raise MalformedPacketError(f"payload format indicator {value} (section 3.3.2.3.2)")
-    return value, end
+def _read_byte(raw: bytes, position: int) -> tuple[int, int]:
+    return _read_uint(raw, position, 1)
 
 
 def _read_expiry(raw: bytes, position: int) -> tuple[int, int]:
@@ -254,13 +251,6 @@ def _read_topic_alias(raw: bytes, position: int) -> tuple[int, int]:
     return value, end
 
 
-def _read_response_topic(raw: bytes, position: int) -> tuple[str, int]:
-    value, end = _read_text(raw, position)
-    if "+" in value or "#" in value:
-        raise MalformedPacketError("response topic with a wildcard [MQTT-3.3.2-14]")
-    return value, end
-
-
 def _read_identifier(raw: bytes, position: int) -> tuple[int, int]:
     value, end = decode_varint(raw, position)
     if not value:
@@ -268,11 +258,13 @@ def _read_identifier(raw: bytes, position: int) -> tuple[int, int]:
     return value, end
 
 
+# Formats other than 0 and 1, and response topics with wildcards [MQTT-3.3.2-14], are for whoever reads them: mosquitto
+# passes them on, and what anybody may publish must not cost its readers the connection.
 _READ: Final[dict[int, tuple[str, Callable[[bytes, int], tuple[object, int]]]]] = {
-    _PAYLOAD_FORMAT: ("payload_format_indicator", _read_payload_format),
+    _PAYLOAD_FORMAT: ("payload_format_indicator", _read_byte),
     _MESSAGE_EXPIRY: ("message_expiry_interval", _read_expiry),
     _CONTENT_TYPE: ("content_type", _read_text),
-    _RESPONSE_TOPIC: ("response_topic", _read_response_topic),
+    _RESPONSE_TOPIC: ("response_topic", _read_text),
     _CORRELATION_DATA: ("correlation_data", _read_binary),
     _TOPIC_ALIAS: ("topic_alias", _read_topic_alias),
 }

@@ -35,6 +35,7 @@ MAX_PROPERTIES_BYTES: Final = 65_535
 
 _BESIDE_PAYLOAD: Final = 5 + 2 + 65_535 + 2 + 3 + MAX_PROPERTIES_BYTES
 
+PACKET_IDENTIFIER_IN_USE: Final = 0x91
 PACKET_IDENTIFIER_NOT_FOUND: Final = 0x92
 
 Publish: TypeAlias = tuple[str, bytes, int, bool, bool, int, bytes]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tars_mqtt import EncodeError, Message, PublishRejectedError
+from tars_mqtt._core.wire import encode_varint
 from tests.support import eventually, numbers
+from tests.support import packet as mqtt
+from tests.support.packet import PacketType
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,3 +145,38 @@ def test_a_wrong_property_is_refused_before_anything_is_sent(make_client, shared
         with pytest.raises(EncodeError, match="no property 'expiry'"):
             client.publish_event(unique, "t", 1, qos=qos, properties={"expiry": 7})
     assert client.stats().messages_out == 0
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        b"\x08\0\3a/+",  # a response topic with a wildcard [MQTT-3.3.2-14]
+        b"\x08\0\1#",
+        b"\x08\0\0",  # and an empty one
+        b"\x01\2",  # payload format indicator 2
+        b"\x03\0\1\1",  # a control character
+        b"\x03\0\3\xef\xbf\xbf",  # U+FFFF
+        b"\x09\0\0",
+        b"\x0b\1",  # a subscription identifier, which is the broker's to give [MQTT-3.3.4-6]
+        b"\x23\0\1",  # a topic alias
+        b"\x26\0\0\0\0",
+        b"\x26\0\1a\0\1b" * 1_000,
+    ],
+)
+def test_what_others_may_write_into_a_message_does_not_cost_its_readers_the_connection(
+    make_client, broker: Broker, properties: bytes
+) -> None:
+    """It would come again, and again cost the connection."""
+    received: list[bytes] = []
+    client = make_client(broker.url)
+    client.subscribe("a", received.append, 1)
+    client.connect()
+    with socket.create_connection(("127.0.0.1", broker.port)) as other:
+        other.sendall(mqtt.connect("other", level=mqtt.V5))
+        assert other.recv(4)[0] == PacketType.CONNACK << 4
+        body = b"\0\1a" + b"\0\1" + encode_varint(len(properties)) + properties + b"odd"
+        other.sendall(mqtt.packet(PacketType.PUBLISH, 0b0010, body))
+        other.recv(1024)  # what the broker says to it
+    client.publish("a", "next", qos=1)
+    eventually(lambda: b"next" in received)
+    assert client.stats().reconnects == 0

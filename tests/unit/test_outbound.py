@@ -263,6 +263,38 @@ def test_qos_2_that_the_broker_has_is_released_and_not_sent_again() -> None:
     assert message.receipt.done()
 
 
+def test_a_release_that_the_broker_had_already_ends_a_message_well() -> None:
+    """Its PUBCOMP was lost on the way: the id is gone there, because the message has been published."""
+    harness = Harness()
+    harness.connect()
+    message = harness.submit(qos=2)
+    harness.pump()
+    harness.acknowledge(message, kind=wire.PUBREC)
+    harness.reconnect(resumed=True)
+    harness.pump()
+    harness.acknowledge(message, wire.PACKET_IDENTIFIER_NOT_FOUND, wire.PUBCOMP)
+    assert message.receipt.result(0) == "id"
+
+
+def test_a_repetition_whose_id_is_in_use_has_arrived_before() -> None:
+    """Some brokers say so where others repeat their PUBREC. To a first sending it is a refusal."""
+    harness = Harness()
+    harness.connect()
+    message = harness.submit(qos=2)
+    harness.pump()
+    harness.reconnect(resumed=True)
+    harness.pump()
+    released = harness.acknowledge(message, wire.PACKET_IDENTIFIER_IN_USE, wire.PUBREC)
+    assert released == mqtt.pubrel(message.packet_id)
+    harness.acknowledge(message, kind=wire.PUBCOMP)
+    assert message.receipt.result(0) == "id"
+    other = harness.submit(qos=2)
+    harness.pump()
+    assert harness.acknowledge(other, wire.PACKET_IDENTIFIER_IN_USE, wire.PUBREC) is None
+    with pytest.raises(PublishRejectedError):
+        other.receipt.result(0)
+
+
 def test_qos_2_that_the_broker_had_before_it_forgot_the_session_is_sent_again() -> None:
     harness = Harness()
     harness.connect()
