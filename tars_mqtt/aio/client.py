@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -29,6 +28,7 @@ from tars_mqtt.aio.direct import PahoFace
 from tars_mqtt.aio.loop import Bridge, CoroutineCall, LoopDispatcher
 from tars_mqtt.aio.receipt import PublishReceipt, resolve
 from tars_mqtt.aio.room import Room
+from tars_mqtt.aio.signals import on_signals
 from tars_mqtt.aio.subscription import MessageIterator, Subscription
 from tars_mqtt.config import MQTTClientConfig
 from tars_mqtt.errors import ClosedError, QueueFullError, SubscribeError
@@ -248,7 +248,6 @@ class MQTTClient:
         """
         loop = self._on_loop()
         self._stop = stop = asyncio.Event()
-        before: dict[signal.Signals, Any] = {}
         hurried = asyncio.Event()
 
         def end() -> None:
@@ -256,32 +255,25 @@ class MQTTClient:
             stop.set()
             self._engine.life.call_off()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # Neither on other threads than the main one, nor on Windows.
-            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-                handler = signal.getsignal(number)
-                loop.add_signal_handler(number, end)
-                before[number] = handler
         life = None
-        try:
-            # Whoever connects when that has ended, goes on.
-            life = await self._connect(seconds(timeout, self.config.connect_timeout))
-            await stop.wait()
-        except ClosedError:
-            if not stop.is_set():
-                raise
-        finally:
+        with on_signals(
+            loop, end
+        ):  # to the last: another one would end the process in the middle of its goodbye
             try:
+                # Whoever connects when that has ended, goes on.
+                life = await self._connect(seconds(timeout, self.config.connect_timeout))
+                await stop.wait()
+            except ClosedError:
+                if not stop.is_set():
+                    raise
+            finally:
                 try:
                     await self._await_asides(hurried)
                 finally:
-                    await self._shut_down(self.config.shutdown_timeout, life)
-            finally:  # not before: another signal would end the process in the middle of its goodbye
-                for number, handler in before.items():
-                    loop.remove_signal_handler(number)
-                    if handler is not None:  # asyncio's own for Ctrl-C, for instance
-                        signal.signal(number, handler)
-                self._engine.life.forget_signals()
+                    try:
+                        await self._shut_down(self.config.shutdown_timeout, life)
+                    finally:
+                        self._engine.life.forget_signals()
 
     async def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first."""

@@ -297,6 +297,43 @@ def test_run_puts_the_signal_handlers_back(colour, broker):
         assert "SIGTERM True\nSIGINT True\n" in program.output
 
 
+TWO_CLIENTS = """
+    import asyncio
+    from tars_mqtt.aio import MQTTClient
+
+    async def main():
+        one, two = (MQTTClient(sys.argv[1], name, enable_health=True) for name in ("one", "two"))
+        await asyncio.gather(one.run(), two.run())
+        say("states", one.state.value, two.state.value)
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        again = asyncio.create_task(one.run())
+        await one.wait_connected()
+        say("mine")
+        await stop.wait()
+        await one.shutdown()
+        await again
+        say("removed", loop.remove_signal_handler(signal.SIGTERM))
+
+    import signal
+    asyncio.run(main())
+    """
+
+
+def test_a_signal_ends_all_clients_of_a_loop_and_leaves_it_its_own_handler(broker):
+    """A loop has one handler for each signal: the last one to put his there must not take it from the others."""
+    with Program(TWO_CLIENTS, broker.url) as program, Observer(broker.host, broker.port) as observer:
+        for name in ("one", "two"):
+            observer.wait_for(f"system/health/{name}")
+        program.signal(signal.SIGTERM)
+        program.wait_for("mine")
+        assert "states closed closed" in program.output
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "removed True" in program.output
+
+
 # -- many open files ----------------------------------------------------------------------------
 
 MANY_FILES = """
