@@ -225,6 +225,10 @@ class Inbound:
         self.messages += self._entered
         self._entered = 0
 
+    def last_acknowledgements(self) -> list[bytes]:
+        """Those with which this connection is left."""
+        return self._ledger.take_all_finished()
+
     def acknowledgements(self) -> list[bytes]:
         """The acknowledgements that are due on this connection."""
         return self._ledger.take_due()

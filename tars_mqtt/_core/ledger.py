@@ -108,6 +108,14 @@ class Ledger:
         self._order.append(acknowledgement)
         return acknowledgement
 
+    def take_all_finished(self) -> list[bytes]:
+        """Return the last acknowledgements of this connection: also those behind a message that is still in work.
+
+        They leave in order; that message is not acknowledged on this connection any more.
+        """
+        self._order = deque(each for each in self._order if each.finished)
+        return self.take_due()
+
     def take_due(self) -> list[bytes]:
         """Return the acknowledgements that are due, as packets."""
         order = self._order

@@ -55,8 +55,14 @@ class Attempt:
     """Whether the first connection came about."""
     starts: bool
     """Whether to wait for *first*. Otherwise it came earlier, and the state is waited for to leave `TRYING`."""
-    life: int = 0
+    life: int
     """Which of `Life.lives` it belongs to."""
+
+    def check(self) -> None:
+        """Where it *starts* nothing: raise what ended the client meanwhile. Refused subscriptions others were told."""
+        error = self.first.exception(0)
+        if error is not None and not isinstance(error, SubscribeError):
+            raise error
 
 
 @attrs.frozen(eq=False)
@@ -142,8 +148,10 @@ class Life:
         deadline = time.monotonic() + timeout
         attempt = self.begin(timeout)
         try:
-            attempt.first.result(_until(deadline))
-            if not attempt.starts:  # the first connection was there, even if it is gone by now
+            if attempt.starts:
+                attempt.first.result(_until(deadline))
+            else:  # the first connection was there, even if it is gone by now
+                attempt.check()
                 self._await_connection(deadline)
         except BaseException as error:
             told = self.failed(attempt, timeout, error)

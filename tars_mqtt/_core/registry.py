@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import attrs
@@ -15,6 +16,9 @@ from tars_mqtt._core.router import Router
 from tars_mqtt.message import Message
 
 _LAST_IDENTIFIER = wire.MAX_VARINT
+
+_MOST_GONE = 1_000
+"""Filters that are remembered after their last registration: one for each question that was asked, for instance."""
 
 
 @attrs.define(eq=False)
@@ -62,20 +66,21 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._uses: dict[str, dict[str, int]] = {}
-        self._most_uses = 0
-        """Of all filters that are gone: new ones count on from it, so that no identity is used twice."""
+        """How often each filter had each handler."""
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        """Of these filters, those that nobody needs any more, but may again; the latest last."""
         self._identifiers: set[int] = set()
         self.router: Router[FilterEntry] = Router()
 
     def next_identity(self, topic_filter: str, handler: str) -> str:
-        """A name for a registration to come, never used twice.
+        """A name for a registration to come, that no other has or had lately.
 
-        It is the same in each run of a service, whatever else subscribes there. Only those of one filter whose
+        It is the same in each run of a service, whatever else subscribes, or did. Only those of one filter whose
         handlers have the same name are told apart by their order.
         """
         with self._lock:
             uses = self._uses.setdefault(topic_filter, {})
-            uses[handler] = number = uses.get(handler, self._most_uses) + 1
+            uses[handler] = number = uses.get(handler, 0) + 1
             return f"{topic_filter}#{handler}#{number}"
 
     def add(self, registration: Registration) -> FilterEntry:
@@ -83,6 +88,7 @@ class Registry:
         with self._lock:
             topic = registration.topic_filter
             entry = self.router.get(topic)
+            self._gone.pop(topic, None)
             if entry is None:
                 entry = FilterEntry(topic, self._identifier(topic), (registration,), registration.qos)
                 self.router = self.router.add(topic, entry)
@@ -105,7 +111,9 @@ class Registry:
                 return None
             self.router = self.router.remove(entry.topic_filter)
             self._identifiers.discard(entry.identifier)
-            self._most_uses = max((self._most_uses, *self._uses.pop(entry.topic_filter, {}).values()))
+            self._gone[entry.topic_filter] = None
+            if len(self._gone) > _MOST_GONE:
+                self._uses.pop(self._gone.popitem(last=False)[0], None)
             return entry
 
     def registrations(self) -> list[Registration]:

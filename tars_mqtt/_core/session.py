@@ -434,7 +434,7 @@ class Session:
             """It may be moved forward meanwhile."""
             return (thread.leave_by or 0.0) - time.monotonic()
 
-        transport.write_all(self.inbound.acknowledgements())
+        transport.write_all(self.inbound.last_acknowledgements())
         while self._outbound.pump(transport.write_all, transport.unsent_bytes):
             if not transport.flush(left):
                 break

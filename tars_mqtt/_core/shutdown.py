@@ -65,7 +65,7 @@ class Shutdown:
                     "shutdown: the broker did not acknowledge %d messages in time", lost, extra=self._extra
                 )
             for name in self._dispatcher.stop(deadlines.left()):
-                logger.warning("shutdown: the handler on thread %s does not return", name, extra=self._extra)
+                logger.warning("shutdown: what runs on %s does not end", name, extra=self._extra)
         finally:
             self._backlog.close_outbox()  # only now: a handler that has ended in time is remembered there
         self._retire()

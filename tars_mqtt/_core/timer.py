@@ -41,14 +41,16 @@ class Timer:
                     raise
             self._changed.notify()
 
-    def stop(self) -> None:
-        """Forget what is not due, and join the thread."""
+    def stop(self, timeout: float) -> str | None:
+        """Forget what is not due, and join the thread; its name, if it is still busy after *timeout* seconds."""
         with self._changed:
             thread, self._thread = self._thread, None
             self._due.clear()
             self._changed.notify()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if thread is None or thread is threading.current_thread():
+            return None
+        thread.join(timeout)
+        return thread.name if thread.is_alive() else None
 
     def _run(self) -> None:
         while (call := self._next()) is not None:

@@ -21,6 +21,9 @@ from tars_mqtt.config import MQTTClientConfig
 
 logger = logging.getLogger("tars_mqtt.dispatch")
 
+_MOMENT = 0.1
+"""Seconds that an idle thread needs at most to end."""
+
 _AFTER_ERROR = 0.1
 """Seconds until what an error of ours interrupted goes on."""
 
@@ -271,9 +274,9 @@ class WorkerPool(Dispatcher):
             self._end_life()
             threads = (self._threads | self._stuck) - {threading.current_thread()}
             iterators = [consumer.arrived for consumer in self._iterators if consumer.arrived is not None]
-        self.timer.stop()
         for arrived in iterators:
             arrived()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return [thread.name for thread in threads if thread.is_alive()]
+        timer = self.timer.stop(max(_MOMENT, deadline - time.monotonic()))
+        return [thread.name for thread in threads if thread.is_alive()] + ([timer] if timer else [])

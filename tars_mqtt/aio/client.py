@@ -140,13 +140,14 @@ class MQTTClient:
     async def _connected(self, attempt: Attempt, deadline: float | None) -> None:
         """Wait without a thread: many may wait for one client, through an outage without end."""
         async with asyncio.timeout_at(deadline):
-            if attempt.first.done():  # also where there is no time to wait
+            if not attempt.starts:
+                attempt.check()
+                await self._until(lambda state: state not in TRYING)
+                self._engine.life.check_not_left()
+            elif attempt.first.done():  # also where there is no time to wait
                 attempt.first.result()
             else:
                 await self._outcome(attempt.first, None)
-            if not attempt.starts:
-                await self._until(lambda state: state not in TRYING)
-                self._engine.life.check_not_left()
 
     async def _until(self, predicate: Callable[[ConnectionState], bool]) -> None:
         changed = asyncio.Event()

@@ -152,6 +152,50 @@ def test_shutdown_lets_handlers_finish_and_acknowledges_what_they_did(make_clien
     assert "PUBLISH from me (d0, q1, r0, m16385, 'done'" in broker.log.partition("Received PUBACK from me")[0]
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_message_that_is_not_done_in_time_brings_back_no_other(make_client, broker, protocol):
+    """Those behind it were handled: to have them again would be the price of one that hangs."""
+    release = threading.Event()
+    handled: list[bytes] = []
+    again: list[bytes] = []
+    client = make_client(broker.url, "me", protocol=protocol)
+    client.subscribe("slow", lambda _: release.wait(20), 1)
+    client.subscribe("quick", handled.append, 2)
+    client.connect()
+    client.publish("slow", b"slow", qos=1)
+    for number in range(9):
+        client.publish("quick", b"%d" % number, qos=1 + number % 2)
+    eventually(lambda: len(handled) == 9)
+    client.shutdown(timeout=0.5)
+    release.set()
+    client = make_client(broker.url, "me", protocol=protocol)
+    for topic in ("slow", "quick", "end"):
+        client.subscribe(topic, again.append, 2)
+    client.connect()
+    client.publish("end", b"end", qos=1)
+    eventually(lambda: b"end" in again)
+    assert again == [b"slow", b"end"]
+
+
+def test_a_question_to_the_user_that_hangs_does_not_hold_up_a_shutdown(broker):
+    """It is asked on the timer's thread, where a time limit was exceeded."""
+    asked, release = threading.Event(), threading.Event()
+
+    def retry_on(error: BaseException) -> bool:
+        asked.set()
+        return release.wait(20)
+
+    client = MQTTClient(broker.url, "me")
+    client.subscribe("a", lambda _: release.wait(20), 1, handler_timeout=0.1, retries=1, retry_on=retry_on)
+    client.connect()
+    client.publish("a", b"", qos=1)
+    assert asked.wait(5)
+    try:
+        shut_down_in_time(client, 1.0)
+    finally:
+        release.set()
+
+
 def test_a_worker_that_goes_strands_no_job_of_its_group(make_client, broker):
     """Those that the broker has set aside for it are handled by it, all others by the rest of the group."""
     handled: list[bytes] = []

@@ -50,6 +50,22 @@ def test_acknowledgements_leave_in_order_of_arrival() -> None:
     assert ledger.take_due() == [puback(3), puback(1), puback(2)]
 
 
+def test_what_stands_behind_a_message_that_is_still_in_work_is_acknowledged_in_the_end() -> None:
+    """In order. That message itself comes again, on the next connection."""
+    ledger = Ledger()
+    numbers = (3, 1, 2, 4)
+    acknowledgements = [accepted(ledger, number) for number in numbers]
+    for done in (1, 3):
+        acknowledgements[done].finish_one()
+    assert ledger.take_due() == []
+    assert ledger.take_all_finished() == [puback(1), puback(4)]
+    acknowledgements[0].finish_one()
+    assert ledger.take_due() == []
+    ledger.new_connection(session_present=True)
+    assert ledger.note_repetition(3, message(dup=True))
+    assert ledger.take_due() == [puback(3)]
+
+
 def test_a_message_is_done_with_the_last_of_its_handlers() -> None:
     ledger = Ledger()
     acknowledgement = accepted(ledger, 1, deliveries=3)

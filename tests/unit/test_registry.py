@@ -8,7 +8,7 @@ from collections import defaultdict
 
 from tars_mqtt._core.dispatch import Consumer
 from tars_mqtt._core.lane import Fifo
-from tars_mqtt._core.registry import _LAST_IDENTIFIER, Registration, Registry
+from tars_mqtt._core.registry import _LAST_IDENTIFIER, _MOST_GONE, Registration, Registry
 
 
 def registration(topic: str = "a/+", qos: int = 0) -> Registration:
@@ -149,13 +149,34 @@ def test_many_threads_may_register_and_remove_at_once() -> None:
     assert len({entry.identifier for entry in entries}) == 400
 
 
-def test_filters_that_are_gone_are_not_remembered() -> None:
-    """A reply topic for each request would fill the memory; a name is not used again all the same."""
+def test_a_subscription_is_known_by_what_it_is_and_not_by_what_came_and_went_before() -> None:
+    """After a restart it is to be recognised, with another number of questions asked."""
+    names = []
+    for others in (0, 3):
+        registry = Registry()
+        for _ in range(others):
+            for topic in ("replies", "orders"):
+                registry.next_identity(topic, "reply")
+                registry.remove(added(registry, topic))
+        names.append(registry.next_identity("orders", "bill"))
+    assert names[0] == names[1]
+
+
+def test_a_subscription_that_comes_again_is_another_one() -> None:
+    """What the one before has seen, this one has not: a retained message, for instance."""
     registry = Registry()
-    identities = set()
-    for number in range(100):
-        for topic in ("a", f"replies/{number}"):
-            identities.add(registry.next_identity(topic, "reply"))
-            registry.remove(added(registry, topic))
-    assert len(identities) == 200
-    assert registry._uses == {}
+    first = registry.next_identity("a", "handler")
+    registry.remove(added(registry, "a"))
+    assert registry.next_identity("a", "handler") != first
+
+
+def test_not_all_filters_that_are_gone_are_remembered() -> None:
+    """A reply topic for each request would fill the memory."""
+    registry = Registry()
+    registry.next_identity("stays", "handler")
+    added(registry, "stays")
+    for number in range(2 * _MOST_GONE):
+        registry.next_identity(f"replies/{number}", "reply")
+        registry.remove(added(registry, f"replies/{number}"))
+    assert len(registry._uses) == 1 + _MOST_GONE
+    assert registry.next_identity("stays", "handler").endswith("2")
