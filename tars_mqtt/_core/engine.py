@@ -307,19 +307,23 @@ class Engine:
             f"the broker did not answer the subscription {topic!r} within {limit:g} s", [(topic, "no answer")]
         )
 
-    def unregister(self, registration: Registration) -> Future[None]:
-        """Remove a subscription; what waits for its handler is given up."""
+    def unregister(self, registration: Registration) -> Future[bool]:
+        """Remove a subscription; what waits for its handler is given up.
+
+        Returns:
+            Done when the broker has answered, or is not to be asked now.
+        """
         self.life.check()
-        waiter: Future[None] = Future()
+        waiter: Future[bool] = Future()
         entry = self._registry.remove(registration)
         self.dispatcher.remove(registration.consumer)
         if entry is None:
-            waiter.set_result(None)
+            waiter.set_result(False)
         elif self._session.thread.running:
             self._session.unsubscribe(entry, waiter)
         else:
             self._session.forget(entry)
-            waiter.set_result(None)
+            waiter.set_result(False)
         return waiter
 
     def abandon(self, registration: Registration, taken: Taken | None) -> None:

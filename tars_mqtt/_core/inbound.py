@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 
 from tars_mqtt._core import wire
@@ -60,7 +60,9 @@ class Inbound:
         self._early_until = math.inf
         self._v5 = True
         self._closing = False
-        self._shared_only = False
+        self._counts_shared = False
+        self.shared_arrived = 0
+        """Messages of QoS 1 and 2 that came for a shared subscription since `count_shared`."""
         self.messages = 0
         """Handed over so far: whoever sees one counted finds it pending, dropped or done."""
         self._entered = 0
@@ -71,17 +73,11 @@ class Inbound:
         return len(self._ledger)
 
     @property
-    def taken(self) -> int:
-        """Messages of QoS 1 and 2 that were entered so far."""
-        return self._ledger.taken
-
-    @property
-    def owes_groups(self) -> bool:
-        """Whether acknowledgements are still to come for messages that are shared among a group."""
-        ledger = self._ledger
-        return ledger.awaits_release or any(
-            any(is_shared(taker.topic_filter) for taker in self._route(topic, b"", retain=False))
-            for topic in ledger.open_topics()
+    def owed_to_groups(self) -> int:
+        """Messages of shared subscriptions of which the exchange with the broker is not over."""
+        topics = Counter(self._ledger.open_topics())
+        return sum(
+            number for topic, number in topics.items() if _shares(self._route(topic, b"", retain=False))
         )
 
     # -- connections ------------------------------------------------------------------------
@@ -149,16 +145,15 @@ class Inbound:
             self._ledger.forget()
             self._early.clear()
             self._closing = False
-        self._shared_only = False
+        self._counts_shared = False
 
-    def take_shared_only(self) -> None:
-        """Take no more messages but those that are shared among a group."""
-        self._shared_only = True
+    def count_shared(self) -> None:
+        """From now on keep `shared_arrived`."""
+        self._counts_shared = True
 
     def close(self) -> None:
         """Take no more messages; what is in work may still be acknowledged."""
         self._closing = True
-        self._shared_only = False
 
     # -- packets ----------------------------------------------------------------------------
 
@@ -191,8 +186,6 @@ class Inbound:
         else:
             found = self._routes.get((topic, properties))
             takers = self._find_route(topic, properties) if found is None else found
-        if self._shared_only and not any(is_shared(taker.topic_filter) for taker in takers):
-            return  # unacknowledged, as above
         if not takers:
             if not self._offer_elsewhere(first, body):
                 self._without_taker(message, packet_id)
@@ -238,6 +231,8 @@ class Inbound:
     def _deliver(
         self, message: Message, acknowledgement: Acknowledgement | None, takers: tuple[Registration, ...]
     ) -> None:
+        if self._counts_shared and acknowledgement is not None:
+            self.shared_arrived += _shares(takers)
         for registration in takers:
             delivery = Delivery(message, acknowledgement)
             if registration.key_of is not None:
@@ -334,3 +329,8 @@ class Inbound:
 
     def _extra(self, message: Message) -> dict[str, object]:
         return {"client_id": self._client_id, "topic": printable(message.topic), "qos": message.qos}
+
+
+def _shares(takers: tuple[Registration, ...]) -> bool:
+    """Whether a message with these takers is one of a group's."""
+    return any(is_shared(taker.topic_filter) for taker in takers)

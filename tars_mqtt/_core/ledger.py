@@ -50,24 +50,17 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.taken = 0
-        """Messages entered so far."""
         self._order: deque[Acknowledgement] = deque()
         self._in_work: dict[int, Acknowledgement] = {}
-        # QoS 2 packet ids between our PUBREC and the broker's PUBREL [MQTT-4.3.3-10].
-        self._received: set[int] = set()
+        # Topics of QoS 2 messages between our PUBREC and the broker's PUBREL, by packet id [MQTT-4.3.3-10].
+        self._received: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._order)
 
-    @property
-    def awaits_release(self) -> bool:
-        """Whether the broker's PUBREL is still to come for a message of QoS 2."""
-        return bool(self._received)
-
-    def open_topics(self) -> set[str]:
-        """Of the messages of this connection that are not acknowledged."""
-        return {acknowledgement.message.topic for acknowledgement in self._order}
+    def open_topics(self) -> list[str]:
+        """Of each message of which the exchange with the broker is not over."""
+        return [each.message.topic for each in self._order] + list(self._received.values())
 
     def new_connection(self, session_present: bool) -> None:
         """Nothing of an older connection is acknowledged on this one."""
@@ -102,7 +95,6 @@ class Ledger:
 
     def accept(self, packet_id: int, message: Message, deliveries: int) -> Acknowledgement:
         """Enter a message that goes to that many handlers."""
-        self.taken += 1
         acknowledgement = Acknowledgement(message, packet_id, deliveries)
         self._in_work[packet_id] = acknowledgement
         self._order.append(acknowledgement)
@@ -126,7 +118,7 @@ class Ledger:
             if self._in_work.get(packet_id) is acknowledgement:
                 del self._in_work[packet_id]
             if acknowledgement.message.qos == 2:
-                self._received.add(packet_id)
+                self._received[packet_id] = acknowledgement.message.topic
                 packets.append(wire.encode_ack(wire.PUBREC, packet_id))
             else:
                 packets.append(wire.encode_ack(wire.PUBACK, packet_id))
@@ -134,7 +126,4 @@ class Ledger:
 
     def on_pubrel(self, packet_id: int) -> bool:
         """PUBREL came: forget the id; False when it was not known."""
-        if packet_id not in self._received:
-            return False
-        self._received.discard(packet_id)
-        return True
+        return self._received.pop(packet_id, None) is not None

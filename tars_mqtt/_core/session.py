@@ -134,17 +134,25 @@ class Session:
         """Have the broker asked for a filter; *waiter* is told the answer."""
         self.thread.call(lambda: self._subscribe(entry, registration, waiter))
 
-    def unsubscribe(self, entry: FilterEntry, waiter: Future[None]) -> None:
-        """Have the broker told that a filter is not needed any more; *waiter* is told the answer."""
+    def unsubscribe(self, entry: FilterEntry, waiter: Future[bool]) -> None:
+        """Have the broker told that a filter is not needed any more; *waiter* is told whether it has answered."""
         self.thread.call(lambda: self._subscriber.unsubscribe(entry, waiter))
 
-    def leave_groups(self) -> Departure | None:
-        """Unsubscribe from shared filters until the next start, and take nothing else; None where there are none."""
-        departure = Departure({each: Future[None]() for each in self._subscriber.shared_filters()})
-        if not departure.waiters:
+    def leave_shared(self) -> Departure | None:
+        """Unsubscribe from shared filters until the next start; None where there are none."""
+        departure = Departure({each: Future[bool]() for each in self._subscriber.shared_filters()})
+        if not departure.answers:
             return None
-        self.thread.call(lambda: self._leave_groups(departure))
+        self.thread.call(lambda: self._leave_shared(departure))
         return departure
+
+    def owed_to_groups(self) -> Future[int | None]:
+        """See `Inbound.owed_to_groups`; None where there is no connection on which to settle it."""
+        owed = Future[int | None]()
+        self.thread.call(
+            lambda: owed.set_result(self.inbound.owed_to_groups if self._subscriber.has_connection else None)
+        )
+        return owed
 
     def forget(self, entry: FilterEntry) -> None:
         """While there is no network thread: have the broker told of it on the next connection."""
@@ -356,13 +364,14 @@ class Session:
         if asked is not None:
             self.ping_round_trip = time.monotonic() - asked
 
-    def _leave_groups(self, departure: Departure) -> None:
-        self.inbound.take_shared_only()
+    def _leave_shared(self, departure: Departure) -> None:
+        inbound = self.inbound
         if self._subscriber.has_connection:
             # Acknowledgements first: what the broker sends in return comes before its answer.
-            self.transport.write_all(self.inbound.acknowledgements())
-        departure.owing = self.inbound.owes_groups
-        self._subscriber.leave_groups(departure)
+            self.transport.write_all(inbound.acknowledgements())
+        inbound.count_shared()
+        departure.owed, departure.arrived = inbound.owed_to_groups, inbound.shared_arrived
+        self._subscriber.leave_shared(departure)
 
     def _subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         self.inbound.subscribed(time.monotonic())

@@ -17,8 +17,11 @@ from tars_mqtt.message import PublishReceipt
 
 logger = logging.getLogger("tars_mqtt.session")
 
-_OWING_PAUSE = 0.01
-"""Seconds between two questions to the broker while acknowledgements are owed to it."""
+_LOOK = 0.01
+"""Seconds between two looks at what is owed to the broker."""
+
+_OWING_TIME = 1.0
+"""Seconds for which something may be owed while no handler is at work, and it becomes no less."""
 
 
 class Shutdown:
@@ -51,7 +54,7 @@ class Shutdown:
     def run(self, deadlines: Deadlines) -> None:
         """Go through all steps. Blocks; one at a time."""
         if self._drain_shared and self._session.thread.running:
-            self._leave_groups(deadlines)
+            self._leave_shared(deadlines)
         self._session.inbound.close()
         if not self._await_handlers(deadlines):
             logger.warning("shutdown: handlers still run; going on without them", extra=self._extra)
@@ -75,21 +78,42 @@ class Shutdown:
         dispatcher = self._dispatcher
         return deadlines.wait(lambda seconds: dispatcher.wait_idle(seconds) or dispatcher.deserted, 2)
 
-    def _leave_groups(self, deadlines: Deadlines) -> None:
-        """Take no more from shared subscriptions, and handle what the broker has sent, or still sends, for them."""
-        inbound, thread, handled = self._session.inbound, self._session.thread, -1
-        # Each acknowledgement may bring one more of those that the broker has set aside for us. Its answer to an
-        # UNSUBSCRIBE behind the last of them says that there was none.
-        while departure := self._session.leave_groups():
+    def _leave_shared(self, deadlines: Deadlines) -> None:
+        """Take no more jobs, and finish what the broker has set aside for us, or still sends for each that is done."""
+        session, thread = self._session, self._session.thread
+        while departure := session.leave_shared():
             if not deadlines.wait(lambda seconds: departure.wait(seconds) or not thread.running, 2):
-                break
-            if not thread.running or (inbound.taken == handled and not departure.owing):
-                break
-            handled = inbound.taken
-            if not self._await_handlers(deadlines):
-                break
-            if departure.owing:  # a dead letter is on its way, or a PUBREL
-                time.sleep(_OWING_PAUSE)
+                return
+            if not thread.running:
+                return
+            if not departure.answered:  # there is no connection
+                time.sleep(_LOOK)
+                if not deadlines.left(2):
+                    return
+            elif departure.owed:
+                if not self._settle_with_groups(deadlines):
+                    return
+            elif departure.arrived == session.inbound.shared_arrived:
+                return  # the answer came behind the last acknowledgement, and nothing in between
+
+    def _settle_with_groups(self, deadlines: Deadlines) -> bool:
+        """Wait until nothing is owed to the groups, or the connection is gone; False when that is in vain."""
+        session = self._session
+        last, since = (0, 0), time.monotonic()
+        while left := deadlines.left(2):
+            try:
+                owed = session.owed_to_groups().result(min(left, _OWING_TIME))
+            except TimeoutError:
+                return False  # the network thread is at its end, or stuck
+            if not owed:
+                return True
+            now = time.monotonic()
+            if last != (owed, session.inbound.shared_arrived) or not self._dispatcher.wait_idle(0.0):
+                last, since = (owed, session.inbound.shared_arrived), now
+            elif now - since > _OWING_TIME:
+                return False  # an iterator that nobody reads, for instance
+            time.sleep(_LOOK)
+        return False
 
     def _leave_broker(self, deadlines: Deadlines) -> None:
         """Flush, say goodbye, and end the network thread."""

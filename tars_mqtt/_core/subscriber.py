@@ -22,16 +22,23 @@ logger = logging.getLogger("tars_mqtt.session")
 
 @attrs.define(eq=False)
 class Departure:
-    """One UNSUBSCRIBE from all groups."""
+    """One UNSUBSCRIBE from all shared subscriptions."""
 
-    waiters: dict[str, Future[None]]
-    """The shared filters; each is done when the broker has answered for it."""
-    owing: bool = True
-    """Whether acknowledgements were owed for messages of the groups when it was written."""
+    answers: dict[str, Future[bool]]
+    """By filter: whether the broker has answered, once it has, or is gone."""
+    owed: int = 0
+    """For how many shared messages the exchange with the broker was not over when it was written."""
+    arrived: int = 0
+    """How many of them had come by then."""
 
     def wait(self, timeout: float) -> bool:
         """Wait for all answers; False when the time was up first."""
-        return not wait(self.waiters.values(), timeout).not_done
+        return not wait(self.answers.values(), timeout).not_done
+
+    @property
+    def answered(self) -> bool:
+        """Whether the broker has answered for all of them. Not before they were waited for."""
+        return all(answer.result(0) for answer in self.answers.values())
 
 
 _REPLAY_TIME = 2.0
@@ -42,7 +49,7 @@ class Subscriber:
     """Keeps the broker's idea of our subscriptions in step with the registry.
 
     Owned by the network thread. A waiter is told the broker's answer, or at once that there is
-    nobody to ask: what is registered is asked for on the next connection.
+    nobody to ask: what is registered is asked for on the next connection, and what is not, left.
     """
 
     def __init__(self, registry: Registry, transport: Transport, client_id: str) -> None:
@@ -55,12 +62,11 @@ class Subscriber:
         self._restoring: set[FilterEntry] = set()
         self._asked: dict[int, FilterEntry] = {}
         self._waiters: dict[FilterEntry, list[Future[None]]] = {}
-        self._leaving: dict[int, tuple[str, Future[None] | None]] = {}
-        """The filter of each UNSUBSCRIBE that is not answered, and who waits for that."""
-        self._stale: set[str] = set()
-        self._left_groups = False
-        self._departing: dict[str, Future[None]] = {}
-        """Of the shared filters that we have left, those for which the broker has not answered."""
+        self._unneeded: set[str] = set()
+        """Filters that the broker may still have though nobody needs them: until it has answered."""
+        self._leaving: dict[int, tuple[str, Future[bool] | None]] = {}
+        """The filter of each UNSUBSCRIBE that is not answered on this connection, and who waits for that."""
+        self._left_shared = False
         self._refused: list[tuple[str, str]] = []
 
     @property
@@ -79,7 +85,7 @@ class Subscriber:
         return _subscribe_error(refused) if refused else None
 
     def shared_filters(self) -> list[str]:
-        """Those of groups. Any thread."""
+        """Those of shared subscriptions. Any thread."""
         return [entry.topic_filter for entry in self._registry.entries() if is_shared(entry.topic_filter)]
 
     @property
@@ -89,9 +95,8 @@ class Subscriber:
 
     def start(self) -> None:
         """A network thread begins: every filter is to be asked for."""
-        if self._left_groups:
-            self._left_groups = False
-            self._departing.clear()
+        if self._left_shared:
+            self._left_shared = False
             for entry in self._registry.entries():
                 if is_shared(entry.topic_filter):
                     entry.session = 0
@@ -103,42 +108,43 @@ class Subscriber:
         self._refused.clear()
         if not resumed:
             self._session += 1
-        stale, self._stale = self._stale, set()
-        if connack.session_present:
-            for topic_filter in stale:
-                if not self._wants(topic_filter):
-                    self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, None
-        departing, self._departing = self._departing, {}
-        self._depart(departing)
+        if not connack.session_present:
+            self._unneeded.clear()
+        for topic_filter in tuple(self._unneeded):
+            if not self._wants(topic_filter):
+                self._leave(topic_filter, None)
         for entry in self._registry.entries():
             if entry.session != self._session and self._wants(entry.topic_filter):
                 self._restoring.add(entry)
                 self._ask(entry, entry.registrations)
 
     def _wants(self, topic_filter: str) -> bool:
-        if self._left_groups and is_shared(topic_filter):
+        if self._left_shared and is_shared(topic_filter):
             return False
         return self._registry.router.get(topic_filter) is not None
 
-    def leave_groups(self, departure: Departure) -> None:
+    def leave_shared(self, departure: Departure) -> None:
         """Unsubscribe from the shared filters, though they stay registered: until the next start.
 
         Where the connection breaks, they are left on the next.
         """
-        self._left_groups = True
-        for topic_filter in departure.waiters:
+        self._left_shared = True
+        for topic_filter, waiter in departure.answers.items():
             entry = self._registry.router.get(topic_filter)
             if entry is not None:
                 self._restoring.discard(entry)
                 self._tell(entry, None)
-        self._depart(departure.waiters)
+                self.forget(entry)
+            self._leave(topic_filter, waiter)
 
-    def _depart(self, waiters: dict[str, Future[None]]) -> None:
-        for topic_filter, waiter in waiters.items():
-            self._departing[topic_filter] = waiter
-            if self._connected:
-                with contextlib.suppress(ConnectionLostError):
-                    self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, waiter
+    def _leave(self, topic_filter: str, waiter: Future[bool] | None) -> None:
+        """Say UNSUBSCRIBE, if there is a connection to say it on."""
+        if self._connected:
+            with contextlib.suppress(ConnectionLostError):
+                self._leaving[self._transport.unsubscribe(topic_filter)] = topic_filter, waiter
+                return
+        if waiter is not None:
+            waiter.set_result(False)
 
     def disconnected(self) -> None:
         """Nobody is there to answer."""
@@ -148,12 +154,9 @@ class Subscriber:
         for entry in tuple(self._waiters):
             self._tell(entry, None)
         leaving, self._leaving = self._leaving, {}
-        for topic_filter, waiter in leaving.values():
-            if topic_filter in self._departing:
-                continue  # it is left on the next connection
-            self._stale.add(topic_filter)  # it may not have arrived
+        for _, waiter in leaving.values():
             if waiter is not None:
-                _settle(waiter, None)
+                waiter.set_result(False)
 
     def subscribe(self, entry: FilterEntry, registration: Registration, waiter: Future[None]) -> None:
         """Ask for a filter now, or on the next connection.
@@ -177,26 +180,20 @@ class Subscriber:
             except ConnectionLostError:
                 self._tell(entry, None)
 
-    def unsubscribe(self, entry: FilterEntry, waiter: Future[None]) -> None:
+    def unsubscribe(self, entry: FilterEntry, waiter: Future[bool]) -> None:
         """Tell the broker that nobody needs a filter any more."""
         self._restoring.discard(entry)
         self._tell(entry, None)
         if self._registry.router.get(entry.topic_filter) is not None:
-            _settle(waiter, None)  # somebody needs it again
-        elif not self._connected:
-            self.forget(entry)
-            _settle(waiter, None)
-        else:
-            try:
-                self._leaving[self._transport.unsubscribe(entry.topic_filter)] = entry.topic_filter, waiter
-            except ConnectionLostError:
-                self.forget(entry)
-                _settle(waiter, None)
+            waiter.set_result(False)  # somebody needs it again
+            return
+        self.forget(entry)
+        self._leave(entry.topic_filter, waiter)
 
     def forget(self, entry: FilterEntry) -> None:
         """The broker may still have a filter that nobody needs: tell it when there is a connection."""
         if entry.asked:
-            self._stale.add(entry.topic_filter)
+            self._unneeded.add(entry.topic_filter)
 
     def on_suback(self, answer: Suback) -> None:
         """Take the broker's answer; one to a direct use of paho's client is none of ours."""
@@ -223,10 +220,9 @@ class Subscriber:
     def on_unsuback(self, answer: Unsuback) -> None:
         """Take the broker's answer."""
         topic_filter, waiter = self._leaving.pop(answer.packet_id, ("", None))
+        self._unneeded.discard(topic_filter)
         if waiter is not None:
-            if self._departing.get(topic_filter) is waiter:
-                del self._departing[topic_filter]
-            _settle(waiter, None)
+            waiter.set_result(True)
 
     def _ask(self, entry: FilterEntry, newcomers: tuple[Registration, ...]) -> None:
         now = time.monotonic()

@@ -458,7 +458,7 @@ class MQTTClient:
         except (TimeoutError, SubscribeError) as error:
             raise self._engine.not_subscribed(registration, error, limit) from None
 
-    async def _outcome(self, future: Future[None], limit: float | None) -> None:
+    async def _outcome(self, future: Future[Any], limit: float | None) -> None:
         """Await the engine's future, which stays as it is when the wait is cancelled."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: self._bridge.post(lambda: resolve(done)))

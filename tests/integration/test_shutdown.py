@@ -309,6 +309,8 @@ def test_a_worker_that_goes_handles_all_that_was_set_aside_for_it(make_client, b
         boss.connect()
         for number in range(100):
             boss.submit_event("jobs", "job", number, qos=qos)
+            if beside == "news":  # which take up places in the window, too
+                boss.submit_event("news", "news", number, qos=1)
         boss.publish("jobs", b"last", qos=qos)
         over = threading.Event()
 
@@ -1087,11 +1089,13 @@ def test_a_handler_that_shuts_another_client_down_lets_its_handlers_finish(
 # -- iterators ------------------------------------------------------------------------------------
 
 
-def test_shutdown_does_not_wait_for_what_nobody_reads(make_client, shared_broker, unique):
+@pytest.mark.parametrize("group", [None, "", "$share/group/"], ids=["no drain", "drain", "shared"])
+def test_shutdown_does_not_wait_for_what_nobody_reads(make_client, shared_broker, unique, group):
     """Neither for the message in the hands of its caller, nor for those behind it."""
-    client = make_client(shared_broker.url)
+    client = make_client(shared_broker.url, drain_shared=group is not None)
+    client.subscribe("$share/group/jobs", print, 1)
     client.connect()
-    messages = client.messages(unique, 1).__enter__()
+    messages = client.messages((group or "") + unique, 1).__enter__()
     for _ in range(3):
         client.publish(unique, "x", qos=1)
     next(messages)
