@@ -81,7 +81,8 @@ class MQTTClient:
                     [f"{name} is a coroutine function: use tars_mqtt.aio.MQTTClient, or a plain function"]
                 )
         self._engine = Engine(config, WorkerPool)
-        self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._stop: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+        """Tells `run` that it is to end, and in which time."""
 
     def __repr__(self) -> str:
         return f"<MQTTClient {self.config.client_id!r} at {self.config.urls[0]}, {self.state.value}>"
@@ -131,9 +132,9 @@ class MQTTClient:
         """Shut down; with *life*, only that of the `Life.lives`."""
         if self._engine.dispatcher.in_handler():
             self._engine.life.shutdown_aside(limit)
-            self._stop.put(None)  # not before: `run` shuts down, too, and in its own time
+            self._stop.put(limit)  # not before: `run` shuts down, too
         else:
-            self._stop.put(None)
+            self._stop.put(limit)
             self._engine.life.shutdown(limit, threading.current_thread(), life)
 
     def __enter__(self) -> Self:
@@ -168,16 +169,17 @@ class MQTTClient:
                 for a broker that is not there yet.
         """
         # Not an Event: the signal may come while this very thread holds the lock inside.
-        stop: queue.SimpleQueue[None] = queue.SimpleQueue()
+        stop: queue.SimpleQueue[float | None] = queue.SimpleQueue()
         self._stop = stop
         signals: list[None] = []
 
         def end() -> None:
             signals.append(None)
-            stop.put(None)
+            stop.put(self.config.shutdown_timeout)
             self._engine.life.call_off()
 
         life = None
+        limit: float | None = self.config.shutdown_timeout
         with _on_signals(end, self._engine.life.forget_signals):
             try:
                 # Whoever connects when that has ended, goes on.
@@ -185,16 +187,17 @@ class MQTTClient:
                 while True:
                     # On Windows an untimed wait cannot be interrupted by a signal.
                     with contextlib.suppress(queue.Empty):
-                        stop.get(timeout=1.0)
+                        limit = stop.get(timeout=1.0)
                         break
             except ClosedError:
                 if stop.empty():
                     raise
+                limit = stop.get()
             finally:
                 try:
                     self._engine.life.await_aside(lambda: bool(signals))
                 finally:
-                    self._shut_down(self.config.shutdown_timeout, life)
+                    self._shut_down(limit, life)
 
     def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait for the connection; False when the time ran out first, or the client is shut down.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -16,8 +15,6 @@ from tars_mqtt.envelope import Envelope
 from tars_mqtt.errors import AckTimeoutError, DecodeError, fresh
 
 __all__ = ["Message", "PublishReceipt"]
-
-logger = logging.getLogger("tars_mqtt.publish")
 
 T = TypeVar("T")
 
@@ -182,8 +179,9 @@ class PublishReceipt:
         return self._then if isinstance(self._then, BaseException) else None
 
     def _wait(self, limit: float | None) -> bool:
-        if limit == 0:
-            return False
+        """Wait until it is known what became of it; False when the time was up first."""
+        if limit == 0 or self.done():
+            return self.done()
         told = threading.Lock()
         told.acquire()
 

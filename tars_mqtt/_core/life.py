@@ -17,7 +17,7 @@ from tars_mqtt._core.deadline import Deadlines
 from tars_mqtt._core.dispatch import Dispatcher
 from tars_mqtt._core.outbound import Outbound
 from tars_mqtt._core.session import Session
-from tars_mqtt._core.shutdown import Shutdown, acknowledged
+from tars_mqtt._core.shutdown import Shutdown
 from tars_mqtt._core.state import TRYING, ConnectionState, StateCell
 from tars_mqtt._core.timeout import FOREVER
 from tars_mqtt.config import MQTTClientConfig
@@ -66,7 +66,7 @@ class Attempt:
 
 
 @attrs.frozen(eq=False)
-class Aside:
+class HandlerShutdown:
     """A shutdown that a handler has asked for."""
 
     life: int
@@ -127,7 +127,7 @@ class Life:
         self._shutting_down = threading.Lock()
         self.deadlines = Deadlines()  # of those who shut down, or wait for it; others in each life
         self._ending = False
-        self._aside: Aside | None = None
+        self._aside: HandlerShutdown | None = None
         self.lives = 0
         """How many have begun: from the first start, or the first after a shutdown, to the next shutdown."""
 
@@ -317,7 +317,7 @@ class Life:
         """No signal handler will `call_off` any more: the next `connect` is another matter."""
         self._called_off = False
 
-    def stop_network(self, timeout: float, first: Future[None] | None = None) -> bool:
+    def stop_network(self, timeout: float, first: Future[None] | None) -> bool:
         """End the network thread; what is queued stays queued. False when it does not end in time.
 
         Where a shutdown is under way, that is left to it: it may still bring out what is queued.
@@ -330,7 +330,7 @@ class Life:
 
     def _stop_network(self, timeout: float, first: Future[None] | None) -> bool:
         """Holds the lock."""
-        if self._ending or (first is not None and first is not self._first):
+        if self._ending or first is not self._first:
             return True
         if not self._closing:
             self._backlog.refuse(_not_started())  # first: what is queued leaves, and no more comes
@@ -353,7 +353,7 @@ class Life:
         deadline = time.monotonic() + self._config.shutdown_timeout
         goodbye = self._say_goodbye("disconnected")
         if goodbye is not None:
-            acknowledged(goodbye, _until(deadline))
+            goodbye._wait(_until(deadline))
         if not self.stop_network(_until(deadline), first):
             logger.warning(
                 "disconnect: the network thread is stuck in the operating system", extra=self._extra()
@@ -412,7 +412,7 @@ class Life:
         life, aside = self.asked_to_end(), self._aside
         if aside is not None and aside.hurry(life, timeout):
             return
-        aside = Aside(life, self.deadlines)
+        aside = HandlerShutdown(life, self.deadlines)
 
         def run() -> None:
             try:

@@ -105,6 +105,8 @@ class Session:
         self._v5 = True
         self._hang_ups = 0
         self._ready = False
+        self._was_ready = False
+        """Whether any connection so far has become ready."""
         self._broker_talks = False
         self._liveness = Liveness(1.0, 1.0, 0.0, 0.0)
         self._restore_by = math.inf
@@ -292,7 +294,8 @@ class Session:
         for state in TRYING:  # and not out of a shutdown
             self._state.replace(state, ConnectionState.CONNECTED)
         if self._state.value is ConnectionState.CONNECTED:
-            self._companion.ready(first=self.connections == 1)
+            first, self._was_ready = not self._was_ready, True
+            self._companion.ready(first)
         self._settle_first(self._subscriber.take_refusals())
 
     # -- it goes on ---------------------------------------------------------------------------

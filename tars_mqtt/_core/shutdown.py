@@ -122,11 +122,6 @@ class Shutdown:
         deadlines.wait(lambda seconds: self._backlog.wait_flushed(seconds) or not thread.running, 2)
         goodbye = self._say_goodbye()
         if goodbye is not None:
-            deadlines.wait(lambda seconds: acknowledged(goodbye, seconds), 1)
+            deadlines.wait(goodbye._wait, 1)
         if not (deadlines.wait(lambda seconds: thread.leave(deadlines.left(), seconds)) or thread.leave(0.0)):
             logger.warning("shutdown: the network thread is stuck in the operating system", extra=self._extra)
-
-
-def acknowledged(receipt: PublishReceipt, timeout: float) -> bool:
-    """Wait until it is known what became of a message; False when the time was up first."""
-    return receipt.done() or receipt._wait(timeout)

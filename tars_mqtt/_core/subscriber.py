@@ -174,7 +174,9 @@ class Subscriber:
             _settle(waiter, None)
             return
         self._waiters.setdefault(entry, []).append(waiter)
-        if not asked:
+        if not (
+            asked and entry in self._asked.values()
+        ):  # also where the answer was a refusal: it may be another now
             try:
                 self._ask(entry, (registration,))
             except ConnectionLostError:

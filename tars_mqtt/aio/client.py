@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
-from tars_mqtt._core.life import Aside, Attempt
+from tars_mqtt._core.life import HandlerShutdown, Attempt
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import TRYING, ConnectionState
@@ -77,8 +77,9 @@ class MQTTClient:
         self._room = Room(self._backlog, self._bridge)
         self._publish_timeout = config.publish_timeout
         self._blocking_calls = BlockingCalls(config.client_id)
-        self._stop: asyncio.Event | None = None
-        self._aside: Aside | None = None
+        self._stop: asyncio.Future[float | None] | None = None
+        """Tells `run` that it is to end, and in which time."""
+        self._aside: HandlerShutdown | None = None
         self._asides: set[asyncio.Task[None]] = set()
         """The shutdown that a handler has asked for, and perhaps one of the life before."""
         self._paho = PahoFace(self)
@@ -183,8 +184,7 @@ class MQTTClient:
     async def _shut_down(self, limit: float | None, life: int | None) -> None:
         """Shut down; with *life*, only that of the `Life.lives`."""
         self._on_loop()
-        if self._stop is not None:
-            self._stop.set()
+        self._have_run_end(limit)
         shut_down = self._engine.life.shutdown
         if not self._dispatcher.in_handler():
             life = self._engine.life.asked_to_end() if life is None else life
@@ -194,13 +194,17 @@ class MQTTClient:
         life = self._engine.life.asked_to_end()
         if self._aside is not None and self._aside.hurry(life, limit):
             return
-        self._aside = aside = Aside(life, self._engine.life.deadlines)
+        self._aside = aside = HandlerShutdown(life, self._engine.life.deadlines)
         # A task keeps `asyncio.run` from closing the loop meanwhile: the handlers need it.
         shutdown = self._until_shut_down(self._blocking(shut_down, limit, None, life), limit)
         task = asyncio.Task(shutdown, loop=self._bridge.loop, context=contextvars.Context())
         task.add_done_callback(lambda _: aside.over.set())
         self._asides.add(task)
         task.add_done_callback(self._asides.discard)
+
+    def _have_run_end(self, limit: float | None) -> None:
+        if self._stop is not None and not self._stop.done():
+            self._stop.set_result(limit)
 
     async def _until_shut_down(self, work: asyncio.Future[None], limit: float | None) -> None:
         try:
@@ -248,12 +252,12 @@ class MQTTClient:
         The timeout is that of `connect`; ``None`` waits for a broker that is not there yet.
         """
         loop = self._on_loop()
-        self._stop = stop = asyncio.Event()
+        self._stop = stop = loop.create_future()
         hurried = asyncio.Event()
 
         def end() -> None:
             hurried.set()
-            stop.set()
+            self._have_run_end(self.config.shutdown_timeout)
             self._engine.life.call_off()
 
         life = None
@@ -263,16 +267,17 @@ class MQTTClient:
             try:
                 # Whoever connects when that has ended, goes on.
                 life = await self._connect(seconds(timeout, self.config.connect_timeout))
-                await stop.wait()
+                await asyncio.wait({stop})
             except ClosedError:
-                if not stop.is_set():
+                if not stop.done():
                     raise
             finally:
                 try:
                     await self._await_asides(hurried)
                 finally:
                     try:
-                        await self._shut_down(self.config.shutdown_timeout, life)
+                        limit = stop.result() if stop.done() else self.config.shutdown_timeout
+                        await self._shut_down(limit, life)
                     finally:
                         self._engine.life.forget_signals()
 

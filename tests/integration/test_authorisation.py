@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tars_mqtt import PublishRejectedError, SubscribeError
+from tars_mqtt import PublishRejectedError, SubscribeError, aio
 from tests.support import ScriptedBroker, eventually, packet
 from tests.support.packet import PacketType
 
@@ -154,6 +154,19 @@ def test_connect_names_every_subscription_that_is_refused(make_broker, make_clie
     client.publish("open/a", b"here", qos=1)
     eventually(lambda: received == [b"here"])
     client.connect()  # which somebody else has heard already: there is a connection
+
+
+async def test_an_iterator_that_was_refused_when_connecting_says_why(make_broker, rules) -> None:
+    """It asks again when it is used, for nobody tells whether the rules are still the same."""
+    rules.allow("open/#")
+    broker = make_broker(rules.config)
+    client = aio.MQTTClient(broker.url, "me")
+    messages = client.messages("shut/#", qos=1)
+    with pytest.raises(SubscribeError):
+        await client.connect()
+    with pytest.raises(SubscribeError, match=SUBSCRIBE_REFUSED["5"]):
+        await anext(messages)
+    await client.shutdown()
 
 
 def test_a_subscription_that_is_refused_after_a_reconnect_is_logged(

@@ -9,7 +9,14 @@ import time
 import pytest
 
 from tars_mqtt import NotConnectedError
-from tests.support import FaultProxy, PacketType, ScriptedBroker, accept_and_serve, eventually
+from tests.support import (
+    FaultProxy,
+    PacketType,
+    ScriptedBroker,
+    ScriptedConnection,
+    accept_and_serve,
+    eventually,
+)
 from tests.support import packet as mqtt
 from tests.support.observer import Observer
 from tests.support.program import Program
@@ -57,6 +64,22 @@ def test_a_service_is_ready_then_reconnected_then_shut_down(make_client, broker,
         eventually(lambda: last_event(observer) == SHUTDOWN)
     # In between the broker publishes the will of the connection that was cut.
     assert [event for event in events(observer) if event != CONNECTION_LOST] == [READY, RECONNECTED, SHUTDOWN]
+
+
+def test_a_connection_that_did_not_last_was_not_ready(make_client):
+    """The first that the world hears of a service is that it is ready, however often it tried."""
+
+    def hangs_up(connection: ScriptedConnection) -> None:
+        connection.accept()
+        connection.expect(PacketType.SUBSCRIBE)
+        connection.close()
+
+    with ScriptedBroker(hangs_up, accept_and_serve) as broker:
+        client = make_client(broker.url, enable_health=True)
+        client.subscribe("a", print)
+        client.connect()
+        (packet,) = broker.wait_for(PacketType.PUBLISH)
+        assert json.loads(mqtt.read_publish(packet, mqtt.V5).payload)["data"]["event"] == "ready"
 
 
 def test_the_health_message_is_retained_and_says_who_when_and_what(make_client, broker, observer):

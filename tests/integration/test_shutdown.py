@@ -523,6 +523,26 @@ def test_run_waits_for_a_shutdown_that_a_handler_has_asked_for(make_client, brok
     assert "Received PUBACK from me" in broker.log
 
 
+def test_run_gives_a_shutdown_the_time_that_its_caller_has(make_client, broker):
+    """What the settings allow is for signals."""
+    client = make_client(broker.url, "me", shutdown_timeout=0.01)
+    begun = threading.Event()
+
+    def slow(payload) -> None:
+        begun.set()
+        time.sleep(0.5)
+
+    client.subscribe("slow", slow, 1)
+    running = in_thread(client.run)
+    client.wait_connected(10)
+    client.publish("slow", b"", qos=1)
+    assert begun.wait(5)
+    client.shutdown(timeout=30)
+    running.result(20)
+    assert client.stats().handled == 1
+    assert "Received PUBACK from me" in broker.log
+
+
 def test_who_has_less_time_hurries_a_shutdown_that_is_under_way(make_client, broker, leak_check):
     client = make_client(broker.url)
     begun = threading.Event()
