@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.dispatch import Consumer, Dispatcher
 from tars_mqtt._core.lane import Delivery
-from tars_mqtt._core.ledger import Acknowledgement, Ledger
+from tars_mqtt._core.ledger import Acknowledgement, Debt, Ledger
 from tars_mqtt._core.property import subscription_identifiers
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stats import Counters
@@ -73,12 +73,10 @@ class Inbound:
         return len(self._ledger)
 
     @property
-    def owed_to_groups(self) -> int:
-        """Messages of shared subscriptions of which the exchange with the broker is not over."""
-        topics = Counter(self._ledger.open_topics())
-        return sum(
-            number for topic, number in topics.items() if _shares(self._route(topic, b"", retain=False))
-        )
+    def owed_to_groups(self) -> Debt:
+        """What is still to be said of messages that came for shared subscriptions."""
+        ledger = self._ledger
+        return Debt(sum(map(_shares, ledger.unacknowledged())), sum(map(_shares, ledger.unreleased())))
 
     # -- connections ------------------------------------------------------------------------
 
@@ -231,8 +229,10 @@ class Inbound:
     def _deliver(
         self, message: Message, acknowledgement: Acknowledgement | None, takers: tuple[Registration, ...]
     ) -> None:
-        if self._counts_shared and acknowledgement is not None:
-            self.shared_arrived += _shares(takers)
+        if acknowledgement is not None:
+            acknowledgement.takers = takers
+            if self._counts_shared:
+                self.shared_arrived += _shares(takers)
         for registration in takers:
             delivery = Delivery(message, acknowledgement)
             if registration.key_of is not None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 from tars_mqtt._core import wire
 from tars_mqtt.message import Message
+
+if TYPE_CHECKING:
+    from tars_mqtt._core.registry import Registration
 
 
 class Acknowledgement:
@@ -15,11 +19,13 @@ class Acknowledgement:
     Each delivery of the message calls `finish_one` once, on any thread.
     """
 
-    __slots__ = ("_lock", "_open", "finished", "message", "packet_id")
+    __slots__ = ("_lock", "_open", "finished", "message", "packet_id", "takers")
 
     def __init__(self, message: Message, packet_id: int, deliveries: int) -> None:
         self.message = message
         self.packet_id = packet_id
+        self.takers: tuple[Registration, ...] = ()
+        """The subscriptions that it came for."""
         self.finished = deliveries == 0
         self._open = deliveries
         # One delivery needs no lock, and most messages have one.
@@ -41,6 +47,14 @@ class Acknowledgement:
         return True
 
 
+class Debt(NamedTuple):
+    """How many messages of one kind the broker still has with us."""
+
+    unacknowledged: int
+    unreleased: int
+    """Of QoS 2: acknowledged, and it is for the broker to say the next word."""
+
+
 class Ledger:
     """The incoming messages of the session that the broker still counts as ours to acknowledge.
 
@@ -52,15 +66,19 @@ class Ledger:
     def __init__(self) -> None:
         self._order: deque[Acknowledgement] = deque()
         self._in_work: dict[int, Acknowledgement] = {}
-        # Topics of QoS 2 messages between our PUBREC and the broker's PUBREL, by packet id [MQTT-4.3.3-10].
-        self._received: dict[int, str] = {}
+        # QoS 2 packet ids between our PUBREC and the broker's PUBREL [MQTT-4.3.3-10], and whom the message came for.
+        self._received: dict[int, tuple[Registration, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def open_topics(self) -> list[str]:
-        """Of each message of which the exchange with the broker is not over."""
-        return [each.message.topic for each in self._order] + list(self._received.values())
+    def unacknowledged(self) -> list[tuple[Registration, ...]]:
+        """Whom each message came for that is not acknowledged on this connection."""
+        return [acknowledgement.takers for acknowledgement in self._order]
+
+    def unreleased(self) -> list[tuple[Registration, ...]]:
+        """Whom each message of QoS 2 came for that the broker has not released."""
+        return list(self._received.values())
 
     def new_connection(self, session_present: bool) -> None:
         """Nothing of an older connection is acknowledged on this one."""
@@ -118,7 +136,7 @@ class Ledger:
             if self._in_work.get(packet_id) is acknowledgement:
                 del self._in_work[packet_id]
             if acknowledgement.message.qos == 2:
-                self._received[packet_id] = acknowledgement.message.topic
+                self._received.setdefault(packet_id, acknowledgement.takers)
                 packets.append(wire.encode_ack(wire.PUBREC, packet_id))
             else:
                 packets.append(wire.encode_ack(wire.PUBACK, packet_id))

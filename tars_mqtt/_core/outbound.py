@@ -267,6 +267,7 @@ class Outbound:
 
     def _settle(self, message: Outgoing, reason: int) -> None:
         del self._inflight[message.packet_id]
+        self._repeated.discard(message.packet_id)
         self.suspicion.acknowledged(message)
         if reason >= 0x80:
             self._reject(message, wire.reason_name(reason), reason)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -209,6 +209,9 @@ def decode_properties(raw: bytes) -> dict[str, object]:
             if name in found:
                 raise MalformedPacketError(f"{name} more than once (section 3.3.2.3)")
             found[name], position = read(raw, position)
+    for name, allows in _ALLOWED.items():
+        if name in found and not allows(found[name]):
+            del found[name]
     if user_properties:
         found["user_properties"] = user_properties
     if identifiers:
@@ -258,8 +261,6 @@ def _read_identifier(raw: bytes, position: int) -> tuple[int, int]:
     return value, end
 
 
-# Formats other than 0 and 1, and response topics with wildcards [MQTT-3.3.2-14], are for whoever reads them: mosquitto
-# passes them on, and what anybody may publish must not cost its readers the connection.
 _READ: Final[dict[int, tuple[str, Callable[[bytes, int], tuple[object, int]]]]] = {
     _PAYLOAD_FORMAT: ("payload_format_indicator", _read_byte),
     _MESSAGE_EXPIRY: ("message_expiry_interval", _read_expiry),
@@ -267,4 +268,11 @@ _READ: Final[dict[int, tuple[str, Callable[[bytes, int], tuple[object, int]]]]] 
     _RESPONSE_TOPIC: ("response_topic", _read_text),
     _CORRELATION_DATA: ("correlation_data", _read_binary),
     _TOPIC_ALIAS: ("topic_alias", _read_topic_alias),
+}
+
+# mosquitto passes on what the standard does not allow here. What anybody may publish must not cost its readers the
+# connection: they do without it.
+_ALLOWED: Final[dict[str, Callable[[Any], bool]]] = {
+    "payload_format_indicator": lambda value: value <= 1,
+    "response_topic": lambda value: value != "" and "+" not in value and "#" not in value,  # [MQTT-3.3.2-14]
 }

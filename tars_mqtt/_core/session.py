@@ -23,6 +23,7 @@ from tars_mqtt._core.event import (
     Will,
 )
 from tars_mqtt._core.inbound import Inbound
+from tars_mqtt._core.ledger import Debt
 from tars_mqtt._core.limit import Interrupted
 from tars_mqtt._core.liveness import Liveness
 from tars_mqtt._core.network import NetworkThread
@@ -148,9 +149,9 @@ class Session:
         self.thread.call(lambda: self._leave_shared(departure))
         return departure
 
-    def owed_to_groups(self) -> Future[int | None]:
+    def owed_to_groups(self) -> Future[Debt | None]:
         """See `Inbound.owed_to_groups`; None where there is no connection on which to settle it."""
-        owed = Future[int | None]()
+        owed = Future[Debt | None]()
         self.thread.call(
             lambda: owed.set_result(self.inbound.owed_to_groups if self._subscriber.has_connection else None)
         )

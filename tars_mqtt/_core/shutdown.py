@@ -21,7 +21,7 @@ _LOOK = 0.01
 """Seconds between two looks at what is owed to the broker."""
 
 _OWING_TIME = 1.0
-"""Seconds for which something may be owed while no handler is at work, and it becomes no less."""
+"""Seconds for which something may be owed while nobody is at work on it."""
 
 
 class Shutdown:
@@ -90,7 +90,7 @@ class Shutdown:
                 time.sleep(_LOOK)
                 if not deadlines.left(2):
                     return
-            elif departure.owed:
+            elif any(departure.owed):
                 if not self._settle_with_groups(deadlines):
                     return
             elif departure.arrived == session.inbound.shared_arrived:
@@ -98,19 +98,19 @@ class Shutdown:
 
     def _settle_with_groups(self, deadlines: Deadlines) -> bool:
         """Wait until nothing is owed to the groups, or the connection is gone; False when that is in vain."""
-        session = self._session
-        last, since = (0, 0), time.monotonic()
+        busy = time.monotonic()
         while left := deadlines.left(2):
             try:
-                owed = session.owed_to_groups().result(min(left, _OWING_TIME))
+                owed = self._session.owed_to_groups().result(min(left, _OWING_TIME))
             except TimeoutError:
                 return False  # the network thread is at its end, or stuck
-            if not owed:
+            if owed is None or not any(owed):
                 return True
             now = time.monotonic()
-            if last != (owed, session.inbound.shared_arrived) or not self._dispatcher.wait_idle(0.0):
-                last, since = (owed, session.inbound.shared_arrived), now
-            elif now - since > _OWING_TIME:
+            # The handlers, a dead letter on its way, or the broker with a release.
+            if owed.unreleased or not (self._dispatcher.wait_idle(0.0) and self._backlog.wait_flushed(0.0)):
+                busy = now
+            elif now - busy > _OWING_TIME:
                 return False  # an iterator that nobody reads, for instance
             time.sleep(_LOOK)
         return False

@@ -11,6 +11,7 @@ import attrs
 
 from tars_mqtt._core import wire
 from tars_mqtt._core.event import Connack, Suback, Unsuback
+from tars_mqtt._core.ledger import Debt
 from tars_mqtt._core.registry import FilterEntry, Registration, Registry
 from tars_mqtt._core.stream import ConnectionLostError
 from tars_mqtt._core.transport import Transport
@@ -26,8 +27,8 @@ class Departure:
 
     answers: dict[str, Future[bool]]
     """By filter: whether the broker has answered, once it has, or is gone."""
-    owed: int = 0
-    """For how many shared messages the exchange with the broker was not over when it was written."""
+    owed: Debt = Debt(0, 0)  # noqa: RUF009 - a tuple
+    """What was still to be said of shared messages when it was written."""
     arrived: int = 0
     """How many of them had come by then."""
 
@@ -222,7 +223,10 @@ class Subscriber:
     def on_unsuback(self, answer: Unsuback) -> None:
         """Take the broker's answer."""
         topic_filter, waiter = self._leaving.pop(answer.packet_id, ("", None))
-        self._unneeded.discard(topic_filter)
+        if topic_filter not in [
+            other for other, _ in self._leaving.values()
+        ]:  # what was said since may not arrive
+            self._unneeded.discard(topic_filter)
         if waiter is not None:
             waiter.set_result(True)
 

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from tars_mqtt._core.engine import Engine
 from tars_mqtt._core.handler import HandlerCall, is_coroutine_function
-from tars_mqtt._core.life import HandlerShutdown, Attempt
+from tars_mqtt._core.life import Attempt, HandlerShutdown
 from tars_mqtt._core.option import HandlerOptions
 from tars_mqtt._core.registry import Registration
 from tars_mqtt._core.state import TRYING, ConnectionState

@@ -51,8 +51,9 @@ def on_signals(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> Iter
     """
     signals = _signals.get(loop)
     if signals is None:
-        signals = _signals[loop] = _Signals(loop)
+        signals = _Signals(loop)
         signals.take()
+        _signals[loop] = signals
     signals.ends.append(end)
     try:
         yield
@@ -65,4 +66,4 @@ def on_signals(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> Iter
 
 def _is_of_a_loop(handler: Any) -> bool:
     """Whether it stands for a loop's ``add_signal_handler``. `asyncio.run` has one of another kind for Ctrl-C."""
-    return getattr(handler, "__module__", "").split(".")[0] in ("asyncio", "uvloop")
+    return str(getattr(handler, "__module__", "")).split(".")[0] in ("asyncio", "uvloop")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tars_mqtt import ClosedError, ConnectError, ConnectionState, ConnectRefusedError, MQTTClient
-from tars_mqtt._core import transport
+from tars_mqtt._core import shutdown, transport
 from tests.support import FaultProxy, LeakCheck, PacketType, ScriptedBroker, ScriptedConnection, eventually
 from tests.support import packet as mqtt
 from tests.support.packet import Packet
@@ -288,9 +288,12 @@ def test_a_worker_that_goes_while_its_broker_is_away_does_not_join_its_group_aga
 
 
 @pytest.mark.parametrize(("qos", "fails"), [(1, False), (2, False), (1, True)])
-@pytest.mark.parametrize("beside", ["nothing", "cut", "news"])
-def test_a_worker_that_goes_handles_all_that_was_set_aside_for_it(make_client, broker, qos, fails, beside):
+@pytest.mark.parametrize("beside", ["nothing", "cut", "frozen", "news"])
+def test_a_worker_that_goes_handles_all_that_was_set_aside_for_it(
+    make_client, broker, monkeypatch, qos, fails, beside
+):
     """Each acknowledgement, of whatever kind, brings the next; and a busy subscription beside it is no matter."""
+    monkeypatch.setattr(shutdown, "_OWING_TIME", 0.2)
     handled: set[bytes] = set()
 
     def handle(payload: bytes) -> None:
@@ -323,6 +326,11 @@ def test_a_worker_that_goes_handles_all_that_was_set_aside_for_it(make_client, b
         if beside == "cut":
             eventually(lambda: len(handled) > 10)
             proxy.cut()
+        elif beside == "frozen":
+            eventually(lambda: len(handled) > 10)
+            broker.freeze()
+            time.sleep(1.0)
+            broker.thaw()
         closing.result(30)
         over.set()
         telling.result(10)
@@ -1104,6 +1112,58 @@ def test_a_handler_that_shuts_another_client_down_lets_its_handlers_finish(
     assert started.wait(5)
     one.publish(f"{unique}/end", "x")
     eventually(lambda: order == ["handled", "shut down"])
+
+
+def test_copies_for_other_subscriptions_are_no_debt_to_a_group(make_client, broker):
+    """MQTT 5 tells them apart: a busy topic that both want does not keep a worker from going."""
+    worker = make_client(broker.url, "worker", protocol="5", drain_shared=True)
+    for topic_filter in ("$share/group/a/#", "a/#"):
+        worker.subscribe(topic_filter, lambda payload: time.sleep(0.005), 1)
+    worker.connect()
+    boss = make_client(broker.url, "boss")
+    boss.connect()
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(0.01):
+            boss.publish("a/b", b"", qos=1)
+
+    telling = in_thread(tell)
+    eventually(lambda: worker.stats().handled > 10)
+    duration = shut_down_in_time(worker, 20)
+    over.set()
+    telling.result(10)
+    assert duration < 10
+
+
+def test_a_filter_is_left_for_good_however_often_it_came_and_went(make_client):
+    """The answer to one UNSUBSCRIBE says nothing of the next, which the connection may lose."""
+
+    def loses_the_second(connection: ScriptedConnection) -> None:
+        asked: list[Packet] = []
+
+        def instead(packet: Packet) -> bool:
+            if packet.type == PacketType.UNSUBSCRIBE:
+                asked.append(packet)
+                if len(asked) == 2:
+                    connection.answer(asked[0])
+                    connection.close()
+            return packet.type == PacketType.UNSUBSCRIBE
+
+        connection.accept()
+        connection.serve(instead)
+
+    def goes_on(connection: ScriptedConnection) -> None:
+        connection.accept(session_present=True)
+        connection.serve()
+
+    with ScriptedBroker(loses_the_second, goes_on) as broker:
+        client = make_client(broker.url)
+        client.connect()
+        for timeout in (0.05, 5):
+            client.subscribe("a", print, 1).unsubscribe(timeout=timeout)
+        broker.wait_for(PacketType.UNSUBSCRIBE, 3)
+        client.shutdown()
 
 
 # -- iterators ------------------------------------------------------------------------------------
