@@ -147,6 +147,12 @@ def test_properties_are_read_as_paho_wrote_them(properties: dict[str, Any]) -> N
     assert subscription_identifiers(packed) == expected, "from the cache"
 
 
+def test_what_brokers_pass_on_though_the_standard_does_not_allow_it_is_left_out() -> None:
+    """What is left can be passed on."""
+    for raw in (b"\x01\2", b"\x08\0\3a/+", b"\x08\0\1#", b"\x08\0\0"):
+        assert decode_properties(raw + b"\x03\0\1x") == {"content_type": "x"}
+
+
 @pytest.mark.parametrize(
     ("packed", "problem"),
     [
@@ -169,12 +175,6 @@ def test_properties_are_read_as_paho_wrote_them(properties: dict[str, Any]) -> N
         (b"\x0b\5\xff", "property 0xff"),
     ],
 )
-def test_what_brokers_pass_on_though_the_standard_does_not_allow_it_is_left_out() -> None:
-    """What is left can be passed on."""
-    for raw in (b"\x01\2", b"\x08\0\3a/+", b"\x08\0\1#", b"\x08\0\0"):
-        assert decode_properties(raw + b"\x03\0\1x") == {"content_type": "x"}
-
-
 def test_properties_that_the_standard_forbids_are_malformed_every_time(packed: bytes, problem: str) -> None:
     with pytest.raises(MalformedPacketError, match=problem):
         decode_properties(packed)
