@@ -121,10 +121,16 @@ class Ledger:
     def take_all_finished(self) -> list[bytes]:
         """Return the last acknowledgements of this connection: also those behind a message that is still in work.
 
-        They leave in order; that message is not acknowledged on this connection any more.
+        They leave in order; nothing may be taken for this connection after them.
         """
-        self._order = deque(each for each in self._order if each.finished)
-        return self.take_due()
+        finished: deque[Acknowledgement] = deque()
+        unfinished: list[Acknowledgement] = []
+        for each in self._order:
+            (finished if each.finished else unfinished).append(each)
+        self._order = finished
+        packets = self.take_due()
+        self._order.extend(unfinished)
+        return packets
 
     def take_due(self) -> list[bytes]:
         """Return the acknowledgements that are due, as packets."""

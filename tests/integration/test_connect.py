@@ -372,7 +372,9 @@ def test_who_gives_up_a_connection_that_has_come_about_takes_it_from_nobody(make
     client = make_client(broker.url)
     life = getattr(client, "unwrapped", client)._engine.life
     client.connect()
-    attempt = Attempt(life._first, starts=True)  # waited for beside the other, a moment too short
+    attempt = Attempt(
+        life._first, starts=True, life=life.lives
+    )  # waited for beside the other, a moment too short
     assert not life.give_up(attempt)
     assert client.connected
     life._state.set(ConnectionState.DISCONNECTED)
