@@ -155,7 +155,8 @@ class Subscriber:
         for entry in tuple(self._waiters):
             self._tell(entry, None)
         leaving, self._leaving = self._leaving, {}
-        for _, waiter in leaving.values():
+        for topic_filter, waiter in leaving.values():
+            self._unneeded.add(topic_filter)  # also where an earlier UNSUBSCRIBE of it was answered
             if waiter is not None:
                 waiter.set_result(False)
 
@@ -175,9 +176,8 @@ class Subscriber:
             _settle(waiter, None)
             return
         self._waiters.setdefault(entry, []).append(waiter)
-        if not (
-            asked and entry in self._asked.values()
-        ):  # also where the answer was a refusal: it may be another now
+        under_way = asked and entry in self._asked.values()
+        if not under_way:  # where the answer was a refusal, it may be another now
             try:
                 self._ask(entry, (registration,))
             except ConnectionLostError:
@@ -223,10 +223,7 @@ class Subscriber:
     def on_unsuback(self, answer: Unsuback) -> None:
         """Take the broker's answer."""
         topic_filter, waiter = self._leaving.pop(answer.packet_id, ("", None))
-        if topic_filter not in [
-            other for other, _ in self._leaving.values()
-        ]:  # what was said since may not arrive
-            self._unneeded.discard(topic_filter)
+        self._unneeded.discard(topic_filter)
         if waiter is not None:
             waiter.set_result(True)
 

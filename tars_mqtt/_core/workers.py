@@ -278,5 +278,6 @@ class WorkerPool(Dispatcher):
             arrived()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        # Last: what the handlers leave for it, a commit for instance, needs no thread of its own.
         timer = self.timer.stop(max(_MOMENT, deadline - time.monotonic()))
         return [thread.name for thread in threads if thread.is_alive()] + ([timer] if timer else [])
